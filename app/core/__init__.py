@@ -1,0 +1,1 @@
+"""Values that cross the boundaries of the project. A leaf: it imports nothing of ours."""
