@@ -64,3 +64,14 @@ class ModelRunner(Protocol):
     def close(self) -> None:
         """Give back device memory and threads."""
         ...
+
+
+class TierUnavailable(Exception):
+    """A tier cannot serve this model on this machine; the next one is tried."""
+
+    def __init__(self, reason: str, *, remedy: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        """One clause: what is missing or unknown, with the value."""
+        self.remedy = remedy
+        """What would enable the tier, or None."""
