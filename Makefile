@@ -1,0 +1,90 @@
+# Every target is a few ordinary commands; nothing here is needed to run Headwater by hand.
+#   make serve          install what is missing, then serve the default model on 127.0.0.1:8000
+#   make test           install what tests need, run all that are not slow
+#   make check          lint, types, import contracts, docs
+PYTHON ?= python3
+VENV ?= .venv
+# Index of CPU wheels, tried first where no NVIDIA device answers. Empty: only your own pip.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+MODEL ?=
+ARGS ?=
+PYTEST_ARGS ?=
+IMAGE ?= headwater:local
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# --no-deps: the locks are complete, and nothing that they name may bring torch in again.
+LOCKED := $(PIP) install --quiet --no-deps --require-hashes --requirement
+EDITABLE := $(PIP) install --quiet --no-deps --no-build-isolation --editable .
+# Tests never ask a model hub.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help serve install install-dev test test-long coverage check format lock wheel gpu-report image clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+serve: $(VENV)/.installed
+	$(BIN)/headwater serve $(MODEL) $(ARGS)
+
+install: $(VENV)/.installed
+
+install-dev: $(VENV)/.installed-dev
+
+test: $(VENV)/.installed-dev
+	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-long: $(VENV)/.installed-dev
+	$(PYTEST) -m "slow and not gpu" --timeout=1800 $(PYTEST_ARGS)
+
+coverage: $(VENV)/.installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/coverage run -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/coverage combine --quiet && $(BIN)/coverage report
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_docs.py
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+# ARGS=--upgrade takes newer releases; without it only what pyproject.toml asks for changes.
+lock: $(VENV)/.installed-dev
+	$(BIN)/python scripts/lock.py $(ARGS)
+
+wheel: $(VENV)/.installed-dev
+	$(BIN)/python -m build --no-isolation --wheel --outdir dist .
+
+# Needs an NVIDIA device, about 10 minutes and no network; writes docs/gpu/<card>.json.
+gpu-report: $(VENV)/.installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/gpu/report.py $(ARGS)
+
+image:
+	docker build --tag $(IMAGE) $(ARGS) .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+
+# Stamps: a second `make serve` installs nothing. Each is made anew when what it was made from changes.
+$(VENV)/.created: requirements/pip.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Headwater needs Python 3.11 or newer; make PYTHON=python3.12 ... names another")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(LOCKED) requirements/pip.txt
+	@touch $@
+
+$(VENV)/.torch: scripts/install_torch.py | $(VENV)/.created
+	$(BIN)/python scripts/install_torch.py --index "$(TORCH_INDEX)"
+	@touch $@
+
+$(VENV)/.installed: requirements/torch.txt pyproject.toml setup.py $(VENV)/.created $(VENV)/.torch
+	$(LOCKED) requirements/torch.txt
+	$(EDITABLE)
+	@touch $@
+
+$(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
+	$(LOCKED) requirements/dev.txt
+	@touch $@
