@@ -1,0 +1,5 @@
+"""The failure of one row: it ends that row's sequence and no other."""
+
+
+class RowError(Exception):
+    """No token can be drawn for this row. The message is one sentence for the client."""

@@ -1,0 +1,102 @@
+"""The sampling state of one row: what its parameters and its own token ids so far imply.
+
+Built from a `RowStart`, so preemption and hand-over need no copy of it: the same ids give the same state.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.core.plan import RowStart
+from app.core.types import SamplingParams, TokenLogprobs
+from app.runner.sampling.changes import LogitChanges
+from app.runner.sampling.draw import draw
+from app.runner.sampling.errors import RowError
+from app.runner.sampling.logprobs import check_finite, token_logprobs
+from app.runner.sampling.masks import NO_IDS, RowMasks
+from app.runner.sampling.penalties import TokenCounts
+
+_NO_COUNTS: NDArray[np.float32] = np.empty(0, dtype=np.float32)
+
+
+class RowSampler:
+    """Draws the tokens of one row and remembers them, as far as its parameters ask.
+
+    `sample_row` is all that a CPU tier calls. A tier that draws on a device reads `changes()` and
+    `params`, draws, and reports each token to `observe`.
+    """
+
+    def __init__(self, start: RowStart, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self.params: SamplingParams = start.params
+        self.num_prompt_tokens = len(start.prompt_token_ids)
+        self._vocab_size = vocab_size
+        ends = [token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size]
+        self._masks = RowMasks(start.params, eos_token_ids=ends)
+        self._output_token_ids = list(start.output_token_ids)
+        params = start.params
+        self._repeats = params.repetition_penalty != 1.0
+        self._counts_output = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        both = (*start.prompt_token_ids, *start.output_token_ids)
+        self._seen = TokenCounts(both if self._repeats else ())
+        self._output = TokenCounts(start.output_token_ids if self._counts_output else ())
+        self.refusal = _refusal(start, vocab_size)
+        """Why no token of this row can be drawn, or None. Set at once, so that a step never fails for it."""
+
+    def sample_row(self, logits: NDArray[np.float32], position: int) -> tuple[int, TokenLogprobs | None]:
+        """Draw the token for `position` from raw logits (vocab_size,), which are not written, and observe it.
+
+        `position` counts from the start of the prompt. Raises RowError: logits not finite, nothing left
+        to draw, or ids outside the vocabulary in the parameters.
+        """
+        if self.refusal is not None:
+            raise RowError(self.refusal)
+        if logits.shape != (self._vocab_size,):
+            raise ValueError(f"logits have shape {logits.shape}; give ({self._vocab_size},)")
+        check_finite(logits)
+        token_id = draw(self.changes().apply(logits), self.params, position)
+        self.observe(token_id)
+        if self.params.num_logprobs is None:
+            return token_id, None
+        return token_id, token_logprobs(logits, token_id, self.params.num_logprobs)
+
+    def changes(self) -> LogitChanges:
+        """What happens to the logits of the next token, before temperature."""
+        params = self.params
+        return LogitChanges(
+            repeated_ids=self._seen.ids if self._repeats else NO_IDS,
+            repetition_penalty=params.repetition_penalty,
+            output_ids=self._output.ids if self._counts_output else NO_IDS,
+            output_counts=self._output.counts if self._counts_output else _NO_COUNTS,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            bias_ids=self._masks.bias_ids,
+            bias_values=self._masks.bias_values,
+            allowed_ids=self._masks.allowed_ids,
+            banned_ids=self._masks.banned_ids(self._output_token_ids),
+        )
+
+    def observe(self, token_id: int) -> None:
+        """Count `token_id` as the row's next output token."""
+        self._output_token_ids.append(token_id)
+        if self._repeats:
+            self._seen.add(token_id)
+        if self._counts_output:
+            self._output.add(token_id)
+
+
+def _refusal(start: RowStart, vocab_size: int) -> str | None:
+    """The API process checks ids before it sends them; a journal of another model may still bring some."""
+    params = start.params
+    fields = {
+        "prompt": start.prompt_token_ids,
+        "output": start.output_token_ids,
+        "logit_bias": [token_id for token_id, _ in params.logit_bias],
+        "allowed_token_ids": params.allowed_token_ids,
+        "stop_token_ids": params.stop_token_ids,
+        "bad_words": [token_id for word in params.bad_words for token_id in word],
+    }
+    for name, token_ids in fields.items():
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            return f"{name} holds a token id outside the vocabulary of {vocab_size} tokens"
+    return None
