@@ -98,6 +98,8 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens that the prefix cache saved; true from the sequence's first output on."""
     error: str | None = None
     """With finish reason `error`: one sentence for the client."""
+    queue_seconds: float | None = None
+    """In the sequence's first output: how long it waited before a step first took it; None where unknown."""
 
 
 class StepStats(msgspec.Struct, frozen=True, array_like=True):
