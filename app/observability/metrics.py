@@ -1,0 +1,219 @@
+"""Every metric of the API process: each name once, here, in vLLM's stems, labels and types.
+
+Invariants: counters never go back. What an engine counts over its own life (preemptions, prefix hits)
+is added up over generations. Gauges follow the journal, not the last step, so that they return to 0
+when the last sequence is gone, however it went. A *request* in a metric's name is one sequence, as in
+vLLM: `n` samples of a prompt are n of them. The sum over `request_success_total` is the number of
+sequences that were admitted and have ended.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from app.core.types import EngineLimits, FinishReason, StepStats
+from app.observability.histogram import Histogram
+
+TTFT_BOUNDS = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+"""Seconds. vLLM's, with 2 ms added: a small model's first token takes a few."""
+ITL_BOUNDS = (
+    *(0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
+    *(2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+"""Seconds. vLLM's begin at 10 ms; a small model's step takes 5."""
+LATENCY_BOUNDS = (
+    *(0.001, 0.005, 0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0),
+    *(40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+TOKEN_BOUNDS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
+STEP_TOKEN_BOUNDS = (1.0, *(float(8 * 2**power) for power in range(12)))
+SAMPLE_BOUNDS = (1.0, 2.0, 5.0, 10.0, 20.0)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """What the gauges read of an engine at a scrape."""
+
+    state: str
+    generation: int
+    """0 before the first engine was started."""
+    num_live_sequences: int
+    last_step: StepStats | None
+    limits: EngineLimits | None
+
+
+class Metrics:
+    """The registry and all that is counted. One object a server; it belongs to the event loop's thread."""
+
+    def __init__(self, *, model_name: str, prefix: str = "headwater_", engine: str = "0") -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._prefix = prefix
+        self._labels = {"model_name": model_name, "engine": engine}
+        self._read_engine: Callable[[], EngineSnapshot] | None = None
+        self._last_step = (0, -1)
+        self._last_totals = (0, 0, 0)
+        self._make_request_metrics()
+        self._make_step_metrics()
+        self._make_http_metrics()
+
+    def _make_step_metrics(self) -> None:
+        self._step_totals = (
+            self._counter("num_preemptions", "Sequences that had to give up their KV blocks."),
+            self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+            self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+        )
+        self.step_seconds = self._histogram("step_duration_seconds", "One engine step.", ITL_BOUNDS)
+        self.iteration_tokens = self._histogram("iteration_tokens_total", "Tokens per engine step.", STEP_TOKEN_BOUNDS)
+
+    def watch_engine(self, read: Callable[[], EngineSnapshot]) -> None:
+        """Read gauges from `read` at every scrape. Once for a server."""
+        self._read_engine = read
+        self.registry.register(_EngineCollector(self, read))
+
+    def observe_step(self, generation: int, stats: StepStats) -> None:
+        """Count one engine step; the same step a second time changes nothing."""
+        if (generation, stats.step_id) == self._last_step:
+            return
+        if generation != self._last_step[0]:
+            self._last_totals = (0, 0, 0)
+        self._last_step = (generation, stats.step_id)
+        totals = (stats.total_preemptions, stats.total_prefix_query_tokens, stats.total_prefix_hit_tokens)
+        for counter, now, before in zip(self._step_totals, totals, self._last_totals, strict=True):
+            counter.inc(max(0, now - before))
+        self._last_totals = totals
+        self.step_seconds.observe(stats.step_seconds)
+        self.iteration_tokens.observe(stats.num_prefill_tokens + stats.num_decode_tokens)
+
+    def count_finish(self, reason: FinishReason) -> None:
+        """One sequence ended."""
+        self._finished[reason].inc()
+
+    def count_rejection(self, reason: str) -> None:
+        """Admission control refused a request; `reason` is the limit that it hit."""
+        self._rejections.labels(model_name=self._labels["model_name"], reason=reason).inc()
+
+    def count_response(self, *, handler: str, method: str, status: int | None) -> None:
+        """A request was answered; status None: the client was gone before the first byte."""
+        self._responses.labels(handler, method, "disconnected" if status is None else str(status)).inc()
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The exposition and its content type, in the form that the Accept header asks for."""
+        if self._read_engine is not None:
+            snapshot = self._read_engine()
+            if snapshot.last_step is not None:
+                self.observe_step(snapshot.generation, snapshot.last_step)
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    def name(self, stem: str) -> str:
+        """A metric's full name."""
+        return self._prefix + stem
+
+    def _make_request_metrics(self) -> None:
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of sequences that gave a first output.")
+        self.cached_prompt_tokens = self._counter("prompt_tokens_cached", "Prompt tokens the prefix cache saved.")
+        self.generation_tokens = self._counter("generation_tokens", "Output tokens accepted.")
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "Arrival of the request to its first token.", TTFT_BOUNDS
+        )
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds", "Between consecutive output tokens.", ITL_BOUNDS
+        )
+        self.time_per_output_token = self._histogram(
+            "request_time_per_output_token_seconds", "Mean time per output token after the first.", ITL_BOUNDS
+        )
+        self.e2e_latency = self._histogram("e2e_request_latency_seconds", "Arrival to end.", LATENCY_BOUNDS)
+        self.queue_time = self._histogram("request_queue_time_seconds", "Waiting in the engine.", LATENCY_BOUNDS)
+        self.prefill_time = self._histogram(
+            "request_prefill_time_seconds", "Leaving the queue to the first token.", LATENCY_BOUNDS
+        )
+        self.decode_time = self._histogram("request_decode_time_seconds", "First token to last.", LATENCY_BOUNDS)
+        self.request_prompt_tokens = self._histogram(
+            "request_prompt_tokens", "Prompt tokens of finished sequences.", TOKEN_BOUNDS
+        )
+        self.request_generation_tokens = self._histogram(
+            "request_generation_tokens", "Output tokens of finished sequences.", TOKEN_BOUNDS
+        )
+        self.params_max_tokens = self._histogram("request_params_max_tokens", "max_tokens asked for.", TOKEN_BOUNDS)
+        self.params_n = self._histogram("request_params_n", "n asked for.", SAMPLE_BOUNDS)
+        finished = Counter(
+            self.name("request_success"),
+            "Sequences that ended, by finish reason.",
+            [*self._labels, "finished_reason"],
+            registry=self.registry,
+        )
+        self._finished = {reason: finished.labels(*self._labels.values(), reason.value) for reason in FinishReason}
+
+    def _make_http_metrics(self) -> None:
+        self._rejections = Counter(
+            self.name("admission_rejections"),
+            "Requests refused because a limit was reached.",
+            ["model_name", "reason"],
+            registry=self.registry,
+        )
+        self._responses = Counter(
+            self.name("http_responses"),
+            "HTTP requests answered.",
+            ["handler", "method", "status"],
+            registry=self.registry,
+        )
+
+    def _counter(self, stem: str, description: str) -> Counter:
+        counter = Counter(self.name(stem), description, list(self._labels), registry=self.registry)
+        return counter.labels(*self._labels.values())
+
+    def _histogram(self, stem: str, description: str, bounds: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(self.name(stem), description, bounds=bounds, labels=self._labels)
+        self.registry.register(histogram)
+        return histogram
+
+    def engine_families(self, snapshot: EngineSnapshot) -> Iterable[Metric]:
+        """Gauges of one engine, as of now."""
+        step = snapshot.last_step if snapshot.num_live_sequences else None
+        running = 0 if step is None else min(step.num_running, snapshot.num_live_sequences)
+        usage = 0.0 if step is None or not step.num_kv_blocks else step.num_kv_blocks_used / step.num_kv_blocks
+        yield self._gauge("num_requests_running", "Sequences that share the engine's steps.", running)
+        yield self._gauge("num_requests_waiting", "Sequences in the queue.", snapshot.num_live_sequences - running)
+        yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", usage)
+        yield self._gauge("engine_generation", "1 for the first engine, one more with each.", snapshot.generation)
+        yield self._gauge("engine_ready", "1 while the engine takes requests.", float(snapshot.state == "ready"))
+        restarts = CounterMetricFamily(self.name("engine_restarts"), "Engines replaced.", labels=list(self._labels))
+        restarts.add_metric(list(self._labels.values()), max(0, snapshot.generation - 1))
+        yield restarts
+        if snapshot.limits is not None:
+            yield self._cache_config(snapshot.limits)
+
+    def _gauge(self, stem: str, description: str, value: float) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(self.name(stem), description, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
+
+    def _cache_config(self, limits: EngineLimits) -> GaugeMetricFamily:
+        facts = {
+            "block_size": limits.block_size,
+            "num_gpu_blocks": limits.num_kv_blocks,
+            "kv_cache_size_tokens": limits.num_kv_blocks * limits.block_size,
+            "cache_dtype": limits.dtype,
+        }
+        family = GaugeMetricFamily(self.name("cache_config_info"), "KV cache.", labels=[*self._labels, *facts])
+        family.add_metric([*self._labels.values(), *map(str, facts.values())], 1)
+        return family
+
+
+class _EngineCollector(Collector):
+    """Turns the engine's state into gauges when Prometheus asks, not before."""
+
+    def __init__(self, metrics: Metrics, read: Callable[[], EngineSnapshot]) -> None:
+        self._metrics = metrics
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics.engine_families(self._read())
