@@ -26,24 +26,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Install torch unless a release in range is already there. Returns pip's exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--index", default="", help="index of CPU wheels to try first; empty: none")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: ask the driver")
     arguments = parser.parse_args(argv)
     requirement = torch_requirement(Path(__file__).parent.parent / "pyproject.toml")
     if (present := satisfied_by(requirement)) is not None:
         print(f"torch {present} is installed already")
         return 0
-    if nvidia_device_answers():
+    if arguments.device == "cuda":
+        return install_plain(requirement, "the build with CUDA was asked for")
+    if arguments.device == "auto" and nvidia_device_answers():
         return install_plain(requirement, "an NVIDIA device answers, so this is the build with CUDA")
-    if arguments.index:
-        if answers_in_time(arguments.index):
-            # What torch needs besides is in the locks, so nothing else comes from that index.
-            if pip("install", "--index-url", arguments.index, "--retries", "1", "--no-deps", requirement) == 0:
-                return 0
-            reason = f"no NVIDIA device answers, but {arguments.index} gave no CPU build"
-        else:
-            reason = f"no NVIDIA device answers, but {arguments.index} did not within {PROBE_SECONDS:.0f} s"
-    else:
-        reason = "TORCH_INDEX is empty, so this is what your own pip offers"
-    return install_plain(requirement, reason)
+    return install_cpu(requirement, arguments.index)
+
+
+def install_cpu(requirement: str, index: str) -> int:
+    """Install from the index of CPU wheels, or what the user's own pip offers where that cannot be had."""
+    if not index:
+        return install_plain(requirement, "no index of CPU wheels is named, so this is what your own pip offers")
+    if not answers_in_time(index):
+        reason = f"a CPU build would do, but {index} did not answer within {PROBE_SECONDS:.0f} s"
+        return install_plain(requirement, reason)
+    # What torch needs besides is in the locks, so nothing else comes from that index.
+    if pip("install", "--index-url", index, "--retries", "1", "--no-deps", requirement) == 0:
+        return 0
+    return install_plain(requirement, f"a CPU build would do, but {index} gave none in range")
 
 
 def torch_requirement(pyproject: Path) -> str:
