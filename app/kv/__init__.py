@@ -1,0 +1,1 @@
+"""KV cache bookkeeping: blocks, block tables and shared prefixes. Pure Python: it sees no tensor."""

@@ -1,0 +1,329 @@
+"""Decides what each step computes, and keeps the account of every live sequence.
+
+One idea: each sequence has `num_computed_tokens` chasing `len(token_ids)`. A step hands one token budget
+first to running sequences, in the order in which they were admitted, then to waiting ones. That is
+chunked prefill, decode, prefix-cache hits and preemption by recompute; there are no modes.
+
+Invariants:
+- a sequence is in exactly one place: the waiting queue, the gate, or the running list;
+- the oldest running sequence is never preempted, and its context fits the pool, so each step makes progress;
+- blocks and row of a sequence in a step that has not come back are given to nobody else, aborted or not;
+- every sequence is answered with exactly one finish reason, unless it is aborted.
+"""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from app.core.plan import PlanEntry, RowResult, StepPlan, StepResult
+from app.core.types import EngineOutput, EngineRequest, FinishReason
+from app.kv.manager import KVManager, PrefixMatch
+from app.scheduler.config import SchedulerConfig
+from app.scheduler.finish import Finish, FinishRules
+from app.scheduler.gates import PrefixGate, num_common_blocks
+from app.scheduler.queue import WaitingQueue
+from app.scheduler.rows import Rows
+from app.scheduler.sequence import Sequence
+from app.scheduler.step import Step
+
+
+class SchedulerCounts(msgspec.Struct, frozen=True):
+    """The scheduler's share of `StepStats`. Totals count from its construction."""
+
+    num_running: int
+    num_waiting: int
+    num_kv_blocks_used: int
+    """Blocks that sequences hold; free blocks that can still be found by hash are not among them."""
+    total_preemptions: int
+    total_prefix_query_tokens: int
+    """Tokens of sequences at their first admission, as far as they may come from the cache."""
+    total_prefix_hit_tokens: int
+
+
+class Scheduler:
+    """The loop is: `add` and `abort` as they come, `schedule`, run the plan, `apply` its result.
+
+    Further plans may be asked for before results are applied: sequences in such steps are passed over
+    until theirs has come back. Times are passed in, in seconds of one clock.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._kv = KVManager(
+            config.num_kv_blocks, block_size=config.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
+        self._queue = WaitingQueue()
+        self._gate = PrefixGate()
+        self._rows = Rows(config.max_num_seqs)
+        self._running: list[Sequence] = []
+        self._sequences: dict[str, Sequence] = {}
+        self._in_flight: dict[int, list[Sequence]] = {}
+        self._num_added = 0
+        self._num_steps = 0
+        self._total_preemptions = 0
+        self._total_prefix_query_tokens = 0
+        self._total_prefix_hit_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is live."""
+        return bool(self._sequences)
+
+    def counts(self) -> SchedulerCounts:
+        """Where things stand now."""
+        return SchedulerCounts(
+            num_running=len(self._running),
+            num_waiting=len(self._queue) + len(self._gate),
+            num_kv_blocks_used=self._kv.pool.num_held,
+            total_preemptions=self._total_preemptions,
+            total_prefix_query_tokens=self._total_prefix_query_tokens,
+            total_prefix_hit_tokens=self._total_prefix_hit_tokens,
+        )
+
+    def add(self, request: EngineRequest, now: float) -> EngineOutput | None:
+        """Take a sequence in. Returns its last output where it ends at once: refused, or over when handed over."""
+        if refusal := self._refusal(request):
+            return EngineOutput(request.request_id, finish_reason=FinishReason.ERROR, error=refusal)
+        rules = FinishRules(
+            request,
+            eos_token_ids=self._config.eos_token_ids,
+            max_sequence_len=self._config.max_sequence_len,
+        )
+        blocks = self._kv.new_table(request.cache_salt)
+        sequence = Sequence(request, arrival=self._num_added, added_at=now, rules=rules, blocks=blocks)
+        if request.output_token_ids and (finish := rules.check(sequence.token_ids)):
+            return EngineOutput(request.request_id, finish_reason=finish.reason, stop_token_id=finish.stop_token_id)
+        self._num_added += 1
+        self._sequences[request.request_id] = sequence
+        self._queue.push(sequence)
+        return None
+
+    def abort(self, request_ids: Iterable[str]) -> int:
+        """Drop sequences without an answer; returns how many of them were live."""
+        num_dropped = 0
+        for request_id in request_ids:
+            sequence = self._sequences.pop(request_id, None)
+            if sequence is not None:
+                self._drop(sequence)
+                num_dropped += 1
+        return num_dropped
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step's work, or None where there is nothing to compute now."""
+        step = Step(self._config.max_num_batched_tokens)
+        num_preemptions = self._total_preemptions
+        self._continue_running(step)
+        if self._total_preemptions == num_preemptions:
+            self._admit_waiting(step, now)
+        if not step.entries:
+            return None
+        self._num_steps += 1
+        self._in_flight[self._num_steps] = step.sequences
+        return StepPlan(self._num_steps, tuple(step.entries), self._rows.pop_released())
+
+    def apply(self, plan: StepPlan, result: StepResult, now: float) -> tuple[EngineOutput, ...]:
+        """Take a step's result in. Raises ValueError where it is not the result of a plan in flight."""
+        sequences = self._take_in_flight(plan, result)
+        outputs = []
+        for sequence, entry, row in zip(sequences, plan.entries, result.rows, strict=True):
+            sequence.is_in_flight = False
+            if sequence.is_aborted:
+                self._release(sequence)
+            elif output := self._apply_row(sequence, entry, row):
+                outputs.append(output)
+                if output.finish_reason is not None:
+                    self._end(sequence)
+        return tuple(outputs)
+
+    # Adding and aborting
+
+    def _refusal(self, request: EngineRequest) -> str | None:
+        """Why a request cannot run at all. The API process checks before; this keeps the engine whole."""
+        if request.request_id in self._sequences:
+            return f"request id {request.request_id!r} is in use by a live sequence: use a new one"
+        if not request.prompt_token_ids:
+            return "the prompt has no tokens: give at least one"
+        highest = max(max(request.prompt_token_ids), max(request.output_token_ids, default=0))
+        lowest = min(min(request.prompt_token_ids), min(request.output_token_ids, default=0))
+        if lowest < 0 or highest >= self._config.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            return f"token id {wrong} is outside the vocabulary: use 0 to {self._config.vocab_size - 1}"
+        num_needed = len(request.prompt_token_ids) + min(request.params.max_tokens, 1)
+        if num_needed > self._config.max_sequence_len:
+            return (
+                f"the prompt has {len(request.prompt_token_ids)} tokens and the context holds "
+                f"{self._config.max_sequence_len}, the first new token included: shorten the prompt"
+            )
+        return None
+
+    def _drop(self, sequence: Sequence) -> None:
+        sequence.is_aborted = True
+        if self._queue.discard(sequence) or self._gate.discard(sequence):
+            return
+        self._running.remove(sequence)
+        self._requeue(self._gate.end(sequence))
+        if not sequence.is_in_flight:  # otherwise the step may still write to its blocks: `apply` releases them
+            self._release(sequence)
+
+    # Scheduling
+
+    def _continue_running(self, step: Step) -> None:
+        running = self._running
+        index = 0
+        while index < len(running) and step.budget > 0:  # preemption shortens the list at its end
+            sequence = running[index]
+            index += 1
+            if sequence.is_in_flight:
+                continue
+            num_tokens = step.num_tokens_for(sequence)
+            end = sequence.num_computed_tokens + num_tokens
+            if end <= sequence.blocks.view_tokens or self._make_room(sequence, end):
+                step.add(sequence, num_tokens)
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Cover the tokens with blocks, at the cost of younger sequences, or else of this one."""
+        while not self._kv.cover(sequence.blocks, num_tokens):
+            victim = self._victim()
+            if victim is None:
+                return False
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _victim(self) -> Sequence | None:
+        """The youngest running sequence whose blocks nobody is writing to; never the oldest."""
+        for index in range(len(self._running) - 1, 0, -1):
+            if not self._running[index].is_in_flight:
+                return self._running[index]
+        return None
+
+    def _preempt(self, victim: Sequence) -> None:
+        self._running.remove(victim)
+        self._release(victim)
+        victim.is_preempted = True
+        self._total_preemptions += 1
+        self._requeue([victim, *self._gate.end(victim)])
+
+    def _admit_waiting(self, step: Step, now: float) -> None:
+        while step.budget > 0 and self._rows.has_free and (sequence := self._queue.front):
+            match = self._kv.match(sequence.blocks, sequence.token_ids, limit=sequence.max_cached_tokens)
+            if producer := self._gate.producer_of(match.missing):
+                self._hold(sequence, producer, num_matched=match.num_blocks)
+            elif self._kv.admit(sequence.blocks, sequence.token_ids, num_matched=match.num_blocks):
+                self._queue.discard(sequence)
+                self._start(sequence, match, now)
+                num_tokens = step.num_tokens_for(sequence)
+                self._kv.cover(sequence.blocks, sequence.num_computed_tokens + num_tokens)
+                step.add(sequence, num_tokens)
+            else:
+                return
+
+    def _hold(self, sequence: Sequence, producer: Sequence, *, num_matched: int) -> None:
+        """Let a sequence wait for the prefix that a running one is about to have computed."""
+        block_size = self._config.block_size
+        limit = sequence.max_cached_tokens // block_size
+        num_blocks = num_common_blocks(sequence, producer, known=num_matched, limit=limit, block_size=block_size)
+        self._queue.discard(sequence)
+        self._gate.hold(sequence, producer, num_blocks=num_blocks)
+
+    def _start(self, sequence: Sequence, match: PrefixMatch, now: float) -> None:
+        """Give a sequence its row, and what the cache has of it."""
+        num_hit_tokens = match.num_blocks * self._config.block_size
+        if not sequence.was_admitted:
+            sequence.num_cached_tokens = min(num_hit_tokens, sequence.num_prompt_tokens)
+            self._total_prefix_query_tokens += sequence.max_cached_tokens
+            self._total_prefix_hit_tokens += num_hit_tokens
+            sequence.queue_seconds = now - sequence.added_at
+        sequence.was_admitted = True
+        sequence.is_preempted = False
+        sequence.num_computed_tokens = num_hit_tokens
+        sequence.row = self._rows.take()
+        sequence.is_new_row = True
+        self._running.append(sequence)
+        self._advance_gate(sequence)
+
+    # Applying
+
+    def _take_in_flight(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
+        if result.step_id != plan.step_id or plan.step_id not in self._in_flight:
+            raise ValueError(f"result of step {result.step_id} for plan {plan.step_id}, which is not in flight")
+        if [row.row for row in result.rows] != [entry.row for entry in plan.entries]:
+            raise ValueError(f"the result of step {plan.step_id} does not have the rows of its plan, in its order")
+        return self._in_flight.pop(plan.step_id)
+
+    def _apply_row(self, sequence: Sequence, entry: PlanEntry, row: RowResult) -> EngineOutput | None:
+        """Advance a sequence by what the step brought, and say it where the client should know."""
+        if row.error is not None:
+            return _failure(sequence, row.error)
+        if bool(row.token_ids) != entry.sample:
+            message = f"the runner drew {len(row.token_ids)} tokens where {int(entry.sample)} or more were asked for"
+            return _failure(sequence, message)
+        sequence.num_computed_tokens += len(entry.token_ids) - entry.num_draft_tokens + row.num_accepted
+        num_new, finish = self._take_tokens(sequence, row.token_ids)
+        if sequence.num_computed_tokens >= sequence.blocks.next_seal:
+            self._seal(sequence)
+        prompt_logprobs = row.prompt_logprobs
+        if prompt_logprobs:
+            prompt_logprobs = sequence.take_prompt_logprobs(entry.start, prompt_logprobs)
+        if not (num_new or finish or prompt_logprobs):
+            return None
+        return EngineOutput(
+            sequence.request_id,
+            row.token_ids[:num_new],
+            row.logprobs[:num_new],
+            prompt_logprobs,
+            finish.reason if finish else None,
+            finish.stop_token_id if finish else None,
+            sequence.num_cached_tokens,
+            None,
+            sequence.take_queue_seconds(),
+        )
+
+    def _take_tokens(self, sequence: Sequence, token_ids: tuple[int, ...]) -> tuple[int, Finish | None]:
+        """Append drawn tokens up to the one that ends the sequence; returns how many, and the end."""
+        for index, token_id in enumerate(token_ids):
+            sequence.token_ids.append(token_id)
+            if finish := sequence.rules.check(sequence.token_ids):
+                return index + 1, finish
+        if sequence.is_scoring and sequence.num_computed_tokens == len(sequence.token_ids):
+            return 0, Finish(FinishReason.LENGTH)
+        return len(token_ids), None
+
+    def _seal(self, sequence: Sequence) -> None:
+        """Let others share the blocks that are now full."""
+        num_computed_tokens = min(sequence.num_computed_tokens, len(sequence.token_ids))
+        self._kv.seal(sequence.blocks, sequence.token_ids, num_computed_tokens=num_computed_tokens)
+        self._advance_gate(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request_id]
+        self._running.remove(sequence)
+        self._requeue(self._gate.end(sequence))
+        self._release(sequence)
+
+    # Shared
+
+    def _advance_gate(self, sequence: Sequence) -> None:
+        next_hash = self._kv.next_hash(sequence.blocks, sequence.token_ids)
+        self._requeue(self._gate.advance(sequence, next_hash=next_hash))
+
+    def _release(self, sequence: Sequence) -> None:
+        """Take blocks and row of a sequence that no step is working on."""
+        self._kv.free(sequence.blocks)
+        self._rows.release(sequence.row)
+        sequence.leave_row()
+
+    def _requeue(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            self._queue.push(sequence)
+
+
+def _failure(sequence: Sequence, message: str) -> EngineOutput:
+    return EngineOutput(
+        sequence.request_id,
+        finish_reason=FinishReason.ERROR,
+        num_cached_tokens=sequence.num_cached_tokens,
+        error=message,
+        queue_seconds=sequence.take_queue_seconds(),
+    )
