@@ -1,0 +1,88 @@
+"""Picks the tier that serves a model here. A tier's module is imported when its turn comes, never before.
+
+Invariant: a tier that is skipped is named in one log line, with the reason and what would enable it.
+"""
+
+import importlib
+import logging
+from collections.abc import Mapping
+from typing import cast
+
+import msgspec
+
+from app.core.config import EngineConfig
+from app.core.errors import ConfigurationError
+from app.runner.base import ModelRunner, TierUnavailable
+
+logger = logging.getLogger("headwater.runner")
+
+AUTO_ORDER = ("native", "cuda", "any")
+TIER_MODULES: Mapping[str, str] = {
+    "native": "app.runner.native",
+    "cuda": "app.runner.torch.cuda_tier",
+    "any": "app.runner.torch.any_tier",
+    "scripted": "app.runner.scripted",
+}
+"""Each module has `load(config) -> ModelRunner`."""
+
+
+class SkippedTier(msgspec.Struct, frozen=True):
+    """A tier that could not serve, for people."""
+
+    tier: str
+    reason: str
+    remedy: str | None
+
+    def __str__(self) -> str:
+        return f"{self.tier}: {self.reason}" + ("" if self.remedy is None else f"; {self.remedy}")
+
+
+def load_runner(config: EngineConfig) -> ModelRunner:
+    """Load the model with the tier that was asked for, or with the first that can.
+
+    Raises ConfigurationError where none can, with the reasons and remedies.
+    """
+    if config.tier != "auto":
+        return _load_named(config)
+    skipped: list[SkippedTier] = []
+    for tier in AUTO_ORDER:
+        try:
+            return _load_tier(tier, config)
+        except TierUnavailable as unavailable:
+            skipped.append(SkippedTier(tier, unavailable.reason, unavailable.remedy))
+            logger.info("tier skipped: %s", skipped[-1])
+    raise ConfigurationError(f"no tier can serve {config.model_dir}: " + "; ".join(map(str, skipped)))
+
+
+def _load_named(config: EngineConfig) -> ModelRunner:
+    if config.tier not in TIER_MODULES:
+        names = ", ".join(("auto", *TIER_MODULES))
+        raise ConfigurationError(f"unknown tier {config.tier!r}: choose one of {names}")
+    try:
+        return _load_tier(config.tier, config)
+    except TierUnavailable as unavailable:
+        remedy = unavailable.remedy or "choose another tier, or auto"
+        raise ConfigurationError(
+            f"tier {config.tier} cannot serve {config.model_dir}: {unavailable.reason}; {remedy}"
+        ) from unavailable
+
+
+def _load_tier(tier: str, config: EngineConfig) -> ModelRunner:
+    """Import and load one tier. Raises TierUnavailable, also where something that it imports is missing."""
+    try:
+        module = importlib.import_module(TIER_MODULES[tier])
+        load = module.load
+    except ModuleNotFoundError as error:
+        raise _missing(tier, str(error.name)) from error
+    except (ImportError, OSError) as error:
+        raise TierUnavailable(f"its libraries do not load ({error})") from error
+    except AttributeError as error:
+        raise TierUnavailable("this build does not have it") from error
+    return cast(ModelRunner, load(config))
+
+
+def _missing(tier: str, name: str) -> TierUnavailable:
+    if name.partition(".")[0] == "app":
+        return TierUnavailable("this build does not have it")
+    remedy = "install the extra headwater[torch]" if tier in ("cuda", "any") else f"install {name}"
+    return TierUnavailable(f"the package {name} is not installed", remedy=remedy)
