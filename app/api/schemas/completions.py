@@ -188,9 +188,7 @@ def prompt_list(request: CompletionRequest) -> list[str | list[int]]:
         raise InvalidRequest(f"`prompt` holds {len(prompts)} prompts; at most {MAX_PROMPTS}.", param="prompt")
     num_sequences = len(prompts) * request.num_samples
     if num_sequences > MAX_SEQUENCES:
-        raise InvalidRequest(
-            f"`n` times the number of prompts is {num_sequences}; at most {MAX_SEQUENCES}.", param="n"
-        )
+        raise InvalidRequest(f"`n` times the number of prompts is {num_sequences}; at most {MAX_SEQUENCES}.", param="n")
     return prompts
 
 

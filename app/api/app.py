@@ -1,0 +1,82 @@
+"""The HTTP application: routes, the layer around them, errors in OpenAI's form.
+
+Made from a `ServerContext` and nothing else: no settings are read, nothing is global.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from app.api.body import ClientDisconnected
+from app.api.deps import ServerContext
+from app.api.errors import MethodNotAllowed, kind_of
+from app.api.middleware import RequestLayer
+from app.api.openapi import add_schemas
+from app.api.record import RequestRecord
+from app.api.respond import ErrorResponse
+from app.api.routes import completions, models, server, tokens
+from app.core.errors import HeadwaterError, InvalidRequest, NotFound
+
+
+def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
+    """The application that serves `context`."""
+    context.metrics.watch_engine(context.engine_snapshot)
+    app = FastAPI(
+        title="Headwater",
+        version=context.version,
+        root_path=root_path,
+        lifespan=_lifespan_of(context),
+        redirect_slashes=False,
+    )
+    for module in (completions, models, server, tokens):
+        app.include_router(module.routes(context))
+    app.add_middleware(RequestLayer, metrics=context.metrics)
+    app.add_exception_handler(HeadwaterError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(ClientDisconnected, _answer_nobody)
+    add_schemas(app)
+    return app
+
+
+def _lifespan_of(context: ServerContext) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        if not context.runs_engine:
+            yield
+            return
+        await context.engine.start()
+        try:
+            yield
+        finally:
+            await context.engine.drain(context.drain_timeout)
+            await context.engine.stop()
+
+    return lifespan
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    record = RequestRecord.of(request.scope)
+    record.error_code = getattr(error, "code", None) or kind_of(error).code or kind_of(error).type
+    return ErrorResponse(error)
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return await _answer_error(request, _translate(request, error))
+
+
+async def _answer_nobody(_request: Request, _error: Exception) -> Response:
+    return Response()
+
+
+def _translate(request: Request, error: HTTPException) -> HeadwaterError:
+    """Starlette's own refusals, in our classes."""
+    where = f"{request.method} {request.url.path}"[:256]
+    if error.status_code == kind_of(NotFound).status:
+        return NotFound(f"There is no route {where}.")
+    if error.status_code == kind_of(MethodNotAllowed).status:
+        allow = (error.headers or {}).get("Allow", "")
+        return MethodNotAllowed(f"{where} is not answered; this route takes {allow}.", allow=allow)
+    return InvalidRequest(str(error.detail))

@@ -1,0 +1,111 @@
+"""What every route needs, as one frozen value made by the composition root."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from app.api.admission import Admission
+from app.api.schemas.fields import UnknownFields
+from app.client.engine_client import EngineClient, EngineState
+from app.core.errors import EngineUnavailable, NotFound
+from app.core.types import EngineLimits
+from app.observability.metrics import EngineSnapshot, Metrics
+from app.text.tokenizer import Tokenizer
+
+
+class SamplingDefaults(Protocol):
+    """Defaults of a model's generation_config.json; None where it says nothing."""
+
+    @property
+    def temperature(self) -> float | None: ...
+    @property
+    def top_p(self) -> float | None: ...
+    @property
+    def top_k(self) -> int | None: ...
+    @property
+    def min_p(self) -> float | None: ...
+    @property
+    def repetition_penalty(self) -> float | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIDefaults:
+    """OpenAI's defaults: the model's own recommendations are left aside."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ApiLimits:
+    """Bounds and habits of the HTTP side that an operator may set."""
+
+    max_body_size: int = 2 * 1024 * 1024
+    """Bytes."""
+    body_timeout: float = 60.0
+    """Seconds from a request's headers to the end of its body."""
+    keep_alive_interval: float = 10.0
+    """Seconds without a byte after which a stream sends its headers or a comment."""
+    unknown_fields: UnknownFields = UnknownFields.REFUSE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerContext:
+    """The parts of a server. Routes read it, none changes it."""
+
+    engine: EngineClient
+    tokenizer: Tokenizer
+    model_names: tuple[str, ...]
+    """Names that requests may use; the first is the default."""
+    metrics: Metrics
+    admission: Admission
+    sampling_defaults: SamplingDefaults
+    limits: ApiLimits = field(default_factory=ApiLimits)
+    version: str
+    created: int = field(default_factory=lambda: int(time.time()))
+    """Unix time for /v1/models."""
+    runs_engine: bool = False
+    """Whether the application's lifespan starts and stops the engine client."""
+    drain_timeout: float = 0.0
+    """Seconds that live sequences get to finish at shutdown, with `runs_engine`."""
+
+    def ready_limits(self) -> EngineLimits:
+        """Limits of the engine. Raises EngineUnavailable while no engine takes requests."""
+        status, limits = self.engine.status, self.engine.limits
+        if status.state is not EngineState.READY or limits is None:
+            raise EngineUnavailable(f"The engine is {status.state.value}. Try again shortly.")
+        return limits
+
+    def known_limits(self) -> EngineLimits:
+        """Limits of the last engine, even while it is replaced. Raises EngineUnavailable before the first."""
+        limits = self.engine.limits
+        if limits is None:
+            raise EngineUnavailable(f"The engine is {self.engine.status.state.value}. Try again shortly.")
+        return limits
+
+    def check_model(self, name: str | None) -> str:
+        """The model name to answer with. Raises NotFound for one that is not served."""
+        if name is None:
+            return self.model_names[0]
+        if name not in self.model_names:
+            short = name if len(name) <= 128 else name[:128] + "…"
+            raise NotFound(
+                f"The model `{short}` does not exist here; GET /v1/models lists what does.",
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+    def engine_snapshot(self) -> EngineSnapshot:
+        """The engine as the gauges see it."""
+        status = self.engine.status
+        return EngineSnapshot(
+            state=status.state.value,
+            generation=status.generation,
+            num_live_sequences=status.num_live_requests,
+            last_step=status.last_step,
+            limits=self.engine.limits,
+        )

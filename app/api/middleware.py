@@ -1,0 +1,75 @@
+"""The outermost layer of ours: request ids, the log line, the last net for exceptions. Pure ASGI.
+
+It passes `receive` through as it is, so that a closed connection reaches the route at once, and it never
+holds a body.
+"""
+
+import logging
+import re
+import secrets
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.record import RequestRecord
+from app.api.respond import ErrorResponse
+from app.observability.metrics import Metrics
+
+_SANE_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
+_QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics"})
+"""Asked every few seconds by machines: logged at debug level."""
+_UNMATCHED = "unmatched"
+
+_requests = logging.getLogger("headwater.request")
+_api = logging.getLogger("headwater.api")
+
+
+class RequestLayer:
+    """Wraps the application for each HTTP request."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Give the request an id and a record, serve it, log it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = RequestRecord(_request_id(scope))
+        record.attach(scope)
+        id_header = (b"x-request-id", record.request_id.encode())
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                message = {**message, "headers": [*message["headers"], id_header]}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            _api.exception("A request failed unexpectedly.", extra={"facts": {"request_id": record.request_id}})
+            if record.status is None:
+                record.error_code = "internal_error"
+                await ErrorResponse(error)(scope, receive, send_with_id)
+        finally:
+            self._account(scope, record)
+
+    def _account(self, scope: Scope, record: RequestRecord) -> None:
+        # Only routes of ours become label values and log fields: paths are the client's text.
+        route = getattr(scope.get("route"), "path", _UNMATCHED)
+        self._metrics.count_response(handler=route, method=_method(scope), status=record.status)
+        facts = {"method": _method(scope), "route": route, "status": record.status} | record.facts()
+        level = logging.DEBUG if route in _QUIET_ROUTES else logging.INFO
+        _requests.log(level, "request", extra={"facts": facts})
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if _SANE_ID.match(given) else secrets.token_hex(16)
+
+
+def _method(scope: Scope) -> str:
+    method: str = scope["method"]
+    return method if method in {"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"} else "other"

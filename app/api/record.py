@@ -1,0 +1,64 @@
+"""What the log line of one request says, gathered while it is served. Never its text."""
+
+import time
+from collections import Counter
+
+from starlette.types import Scope
+
+from app.observability.sequence_meter import SequenceMeter
+
+_SCOPE_KEY = "headwater.record"
+
+
+class RequestRecord:
+    """Facts of one HTTP request; the middleware makes it, the route fills it, the middleware logs it."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.arrived = time.monotonic()
+        self.status: int | None = None
+        self.error_code: str | None = None
+        self.generation: int | None = None
+        self.is_stream = False
+        self.meters: tuple[SequenceMeter, ...] = ()
+        """One for each sequence of a generation request."""
+
+    def attach(self, scope: Scope) -> None:
+        """Make the record findable from this request's scope."""
+        scope[_SCOPE_KEY] = self
+
+    @staticmethod
+    def of(scope: Scope) -> "RequestRecord":
+        """The record of the request with this scope."""
+        record = scope[_SCOPE_KEY]
+        assert isinstance(record, RequestRecord)
+        return record
+
+    def facts(self) -> dict[str, object]:
+        """The log line's fields beside method, route and status; times in seconds."""
+        facts: dict[str, object] = {
+            "request_id": self.request_id,
+            "key_id": None,
+            "total_s": round(time.monotonic() - self.arrived, 6),
+        }
+        if self.error_code is not None:
+            facts["error"] = self.error_code
+        if self.meters:
+            facts |= self._generation_facts()
+        return facts
+
+    def _generation_facts(self) -> dict[str, object]:
+        ttfts = [meter.ttft for meter in self.meters if meter.ttft is not None]
+        queued = [meter.queue_seconds for meter in self.meters if meter.queue_seconds is not None]
+        finishes = Counter(meter.finish_reason.value for meter in self.meters if meter.finish_reason is not None)
+        return {
+            "stream": self.is_stream,
+            "sequences": len(self.meters),
+            "prompt_tokens": sum(meter.num_prompt_tokens for meter in self.meters),
+            "cached_tokens": sum(meter.num_cached_tokens for meter in self.meters),
+            "output_tokens": sum(meter.num_output_tokens for meter in self.meters),
+            "queue_s": round(max(queued), 6) if queued else None,
+            "ttft_s": round(min(ttfts), 6) if ttfts else None,
+            "finish": dict(finishes),
+            "generation": self.generation,
+        }

@@ -1,0 +1,53 @@
+"""`/health`, `/ready`, `/metrics`, `/version`: for probes and operators."""
+
+from fastapi import APIRouter, Request, Response
+
+from app.api.deps import ServerContext
+from app.api.errors import error_headers, kind_of
+from app.api.openapi import json_reply
+from app.api.respond import JsonResponse
+from app.api.schemas.server import Liveness, Readiness, Version
+from app.client.engine_client import EngineState
+from app.core.errors import EngineUnavailable
+
+
+def routes(context: ServerContext) -> APIRouter:
+    """The operators' routes."""
+    router = APIRouter(tags=["server"])
+
+    @router.get("/health", responses=json_reply(Liveness), response_class=Response)
+    async def health() -> Response:
+        """200 while the process is sane; 503 when its engine cannot come back and only a restart helps."""
+        if context.engine.status.state is EngineState.FAILED:
+            return JsonResponse(Liveness(status="failed"), status=kind_of(EngineUnavailable).status)
+        return JsonResponse(Liveness(status="ok"))
+
+    @router.get("/ready", responses=json_reply(Readiness), response_class=Response)
+    async def ready() -> Response:
+        """200 while requests are taken; 503 with the state while starting, restarting or draining."""
+        status, limits = context.engine.status, context.engine.limits
+        is_ready = status.state is EngineState.READY and limits is not None
+        content = Readiness(
+            state=status.state.value,
+            generation=status.generation,
+            detail=status.detail,
+            row_independent=None if limits is None else limits.row_independent,
+        )
+        if is_ready:
+            return JsonResponse(content)
+        response = JsonResponse(content, status=kind_of(EngineUnavailable).status)
+        response.raw_headers += error_headers(EngineUnavailable(status.detail))
+        return response
+
+    @router.get("/metrics", response_class=Response)
+    async def metrics(request: Request) -> Response:
+        """Prometheus exposition."""
+        body, content_type = context.metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+    @router.get("/version", responses=json_reply(Version), response_class=Response)
+    async def version() -> Response:
+        """The server's version."""
+        return JsonResponse(Version(version=context.version))
+
+    return router

@@ -1,0 +1,85 @@
+"""`POST /tokenize`, `POST /detokenize`, `GET /tokenizer_info`."""
+
+import asyncio
+from typing import TypeVar
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from app.api.body import check_headers, read_body
+from app.api.deps import ServerContext
+from app.api.openapi import json_body, json_reply
+from app.api.respond import JsonResponse
+from app.api.schemas.decode import decode_keys, decode_struct
+from app.api.schemas.tokens import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    TokenizerInfo,
+)
+from app.api.translate import check_token_ids
+from app.text.tokenizer import Tokenizer
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+
+def routes(context: ServerContext) -> APIRouter:
+    """The tokenizer's routes."""
+    router = APIRouter(tags=["tokens"])
+
+    @router.post(
+        "/tokenize",
+        responses=json_reply(TokenizeResponse),
+        openapi_extra=json_body(TokenizeRequest),
+        response_class=Response,
+    )
+    async def tokenize(request: Request) -> Response:
+        """The token ids of a text."""
+        body = await _read(request, context, TokenizeRequest)
+        context.check_model(body.model)
+        limits = context.known_limits()
+        (token_ids,) = await context.tokenizer.encode([body.prompt], body.add_special_tokens is not False)
+        spelled = [context.tokenizer.token_text(one) for one in token_ids] if body.return_token_strs else None
+        return JsonResponse(
+            TokenizeResponse(
+                count=len(token_ids), max_model_len=limits.max_model_len, tokens=token_ids, token_strs=spelled
+            )
+        )
+
+    @router.post(
+        "/detokenize",
+        responses=json_reply(DetokenizeResponse),
+        openapi_extra=json_body(DetokenizeRequest),
+        response_class=Response,
+    )
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids."""
+        body = await _read(request, context, DetokenizeRequest)
+        context.check_model(body.model)
+        check_token_ids(body.tokens, field="tokens", vocab_size=context.known_limits().vocab_size)
+        text = await asyncio.to_thread(context.tokenizer.decode, body.tokens, False)
+        return JsonResponse(DetokenizeResponse(prompt=text))
+
+    @router.get("/tokenizer_info", responses=json_reply(TokenizerInfo), response_class=Response)
+    async def tokenizer_info() -> Response:
+        """The tokenizer's special tokens."""
+        return JsonResponse(_info(context.tokenizer))
+
+    return router
+
+
+async def _read(request: Request, context: ServerContext, kind: type[Body]) -> Body:
+    with context.admission.enter(check_headers(request.scope, context.limits)):
+        body = await read_body(request.receive, context.limits)
+    return decode_struct(body, kind, fields=decode_keys(body))
+
+
+def _info(tokenizer: Tokenizer) -> TokenizerInfo:
+    special = tokenizer.special_tokens
+    return TokenizerInfo(
+        vocab_size=tokenizer.vocab_size,
+        bos_token=special.get("bos_token"),
+        eos_token=special.get("eos_token"),
+        pad_token=special.get("pad_token"),
+    )

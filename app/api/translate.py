@@ -1,0 +1,247 @@
+"""From a completion request to sequences for the engine: tokens, resolved parameters, seeds.
+
+All that can be wrong with a request is found here or before, while nothing has been asked of the engine.
+
+Invariants: engine request ids are ours and unique, whatever ids clients choose; every default is
+resolved, a seed always drawn; a sample's parameters depend on its index and the request, never on the
+other prompts.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TypeVar
+
+import msgspec
+
+from app.api.deps import SamplingDefaults, ServerContext
+from app.api.schemas.completions import CompletionRequest, prompt_list
+from app.api.schemas.limits import GREEDY_BELOW
+from app.core.errors import InvalidRequest
+from app.core.types import EngineLimits, EngineRequest, SamplingParams
+from app.text.tokenizer import Tokenizer
+
+Number = TypeVar("Number", int, float)
+
+_DRAWN_SEED_BITS = 53
+"""Every JSON reader keeps an integer of 53 bits whole."""
+_UINT64 = 2**64
+_ABANDON_CHECK = 256
+"""Prompts that are tokenized in one go: between two goes a gone client ends the work."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPrompt:
+    """One prompt: its ids and, where the client sent text that was not cut, that text."""
+
+    token_ids: tuple[int, ...]
+    text: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSequence:
+    """One choice: a prompt and the engine request that goes on from it."""
+
+    index: int
+    prompt_index: int
+    prompt: PreparedPrompt
+    engine_request: EngineRequest
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedCompletion:
+    """A checked request, ready to be admitted."""
+
+    request: CompletionRequest
+    seed: int
+    """As the client would send it to get the same answer."""
+    sequences: tuple[PreparedSequence, ...]
+
+
+async def prepare_completion(
+    request: CompletionRequest, context: ServerContext, *, limits: EngineLimits
+) -> PreparedCompletion:
+    """Tokenize, resolve and check against the engine's limits. Raises InvalidRequest."""
+    _check_token_fields(request, limits)
+    prompts = await _prepare_prompts(request, context.tokenizer, limits)
+    seed = secrets.randbits(_DRAWN_SEED_BITS) if request.seed is None else request.seed
+    bad_words = _bad_words(request.bad_words or (), context.tokenizer)
+    unique = secrets.token_hex(12)
+    sequences: list[PreparedSequence] = []
+    for prompt_index, prompt in enumerate(prompts):
+        room = limits.max_model_len - len(prompt.token_ids)
+        params = sampling_params(request, context.sampling_defaults, seed=seed, room=room, bad_words=bad_words)
+        for sample in range(request.num_samples):
+            index = len(sequences)
+            sample_params = params if sample == 0 else msgspec.structs.replace(params, seed=derive_seed(seed, sample))
+            engine_request = EngineRequest(
+                request_id=f"{unique}-{index}",
+                prompt_token_ids=prompt.token_ids,
+                params=sample_params,
+                cache_salt=request.cache_salt or "",
+                priority=0 if request.priority is None else request.priority,
+            )
+            sequences.append(PreparedSequence(index, prompt_index, prompt, engine_request))
+    return PreparedCompletion(request, seed, tuple(sequences))
+
+
+def derive_seed(seed: int, sample: int) -> int:
+    """Engine seed of sample `sample`: the seed itself for 0, else BLAKE2b-64 of both as little-endian u64."""
+    key = seed % _UINT64
+    if sample == 0:
+        return key
+    digest = blake2b(key.to_bytes(8, "little") + sample.to_bytes(8, "little"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def sampling_params(
+    request: CompletionRequest,
+    defaults: SamplingDefaults,
+    *,
+    seed: int,
+    room: int,
+    bad_words: tuple[tuple[int, ...], ...],
+) -> SamplingParams:
+    """Parameters of sample 0, every default resolved. `room`: tokens that fit after the prompt."""
+    temperature = _first(request.temperature, defaults.temperature, 1.0)
+    top_k = _first(request.top_k, defaults.top_k, 0)
+    max_tokens = min(request.output_limit, room)
+    prompt_logprobs = [request.prompt_logprobs, request.logprobs if request.echo else None]
+    return SamplingParams(
+        seed=derive_seed(seed, 0),
+        max_tokens=max_tokens,
+        min_tokens=min(_first(request.min_tokens, 0), max_tokens),
+        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
+        top_p=_first(request.top_p, defaults.top_p, 1.0),
+        top_k=max(0, top_k),
+        min_p=_first(request.min_p, defaults.min_p, 0.0),
+        presence_penalty=_first(request.presence_penalty, 0.0),
+        frequency_penalty=_first(request.frequency_penalty, 0.0),
+        repetition_penalty=_first(request.repetition_penalty, defaults.repetition_penalty, 1.0),
+        logit_bias=tuple(sorted((request.logit_bias or {}).items())),
+        allowed_token_ids=tuple(sorted(set(request.allowed_token_ids or ()))),
+        bad_words=bad_words,
+        stop_token_ids=tuple(sorted(set(request.stop_token_ids or ()))),
+        ignore_eos=bool(request.ignore_eos),
+        num_logprobs=request.logprobs,
+        num_prompt_logprobs=max((count for count in prompt_logprobs if count is not None), default=None),
+    )
+
+
+def check_token_ids(token_ids: Iterable[int], *, field: str, vocab_size: int) -> None:
+    """Raises InvalidRequest naming the first id that the model does not have."""
+    ids = token_ids if isinstance(token_ids, list) else list(token_ids)
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        wrong = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
+        raise InvalidRequest(
+            f"`{field}` holds the token id {wrong}, outside the vocabulary (0 to {vocab_size - 1}).",
+            param=field.partition("[")[0],
+        )
+
+
+def check_text_size(texts: Sequence[str], tokenizer: Tokenizer, *, field: str, max_tokens: int) -> None:
+    """Refuse a text that cannot fit, by its bytes, before any time goes into tokenizing it."""
+    if tokenizer.may_shrink_text:
+        return
+    most = (max_tokens + 1) * tokenizer.max_token_bytes
+    for text in texts:
+        if len(text) > most or len(text.encode()) > most:
+            raise InvalidRequest(
+                f"`{field}` holds a text of {len(text)} characters, which cannot fit into "
+                f"the context of {max_tokens} tokens.",
+                param=field,
+                code="context_length_exceeded",
+            )
+
+
+async def _prepare_prompts(
+    request: CompletionRequest, tokenizer: Tokenizer, limits: EngineLimits
+) -> list[PreparedPrompt]:
+    prompts = prompt_list(request)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if request.truncate_prompt_tokens is None:
+        check_text_size(texts, tokenizer, field="prompt", max_tokens=limits.max_model_len)
+    encoded = iter(await _encode(texts, tokenizer, add_special_tokens=request.add_special_tokens is not False))
+    prepared: list[PreparedPrompt] = []
+    for index, prompt in enumerate(prompts):
+        where = "prompt" if len(prompts) == 1 else f"prompt[{index}]"
+        if isinstance(prompt, str):
+            whole, text = next(encoded), prompt
+        else:
+            check_token_ids(prompt, field=where, vocab_size=limits.vocab_size)
+            whole, text = prompt, None
+        kept = _truncate(whole, request, limits)
+        _check_prompt_length(len(kept), request, limits, where=where)
+        prepared.append(PreparedPrompt(tuple(kept), text if len(kept) == len(whole) else None))
+    return prepared
+
+
+async def _encode(texts: list[str], tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[list[int]]:
+    encoded: list[list[int]] = []
+    for start in range(0, len(texts), _ABANDON_CHECK):
+        encoded += await tokenizer.encode(texts[start : start + _ABANDON_CHECK], add_special_tokens)
+        await asyncio.sleep(0)
+    return encoded
+
+
+def _truncate(token_ids: list[int], request: CompletionRequest, limits: EngineLimits) -> list[int]:
+    limit = request.truncate_prompt_tokens
+    if limit is None:
+        return token_ids
+    if limit == -1:
+        limit = max(1, limits.max_model_len - request.output_limit)
+    if limit > limits.max_model_len:
+        raise InvalidRequest(
+            f"`truncate_prompt_tokens` is {limit}, more than the context of {limits.max_model_len} tokens.",
+            param="truncate_prompt_tokens",
+        )
+    if len(token_ids) <= limit:
+        return token_ids
+    return token_ids[:limit] if request.truncation_side == "right" else token_ids[-limit:]
+
+
+def _check_prompt_length(length: int, request: CompletionRequest, limits: EngineLimits, *, where: str) -> None:
+    if length == 0:
+        raise InvalidRequest(f"`{where}` is empty: it must hold at least one token.", param="prompt")
+    # A prompt that is only scored needs no room for an output.
+    needed = length if request.max_tokens == 0 else length + 1
+    if needed > limits.max_model_len:
+        raise InvalidRequest(
+            f"This model's maximum context length is {limits.max_model_len} tokens; `{where}` has {length} "
+            "and leaves no room for an output. Shorten it, or set `truncate_prompt_tokens`.",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+
+
+def _check_token_fields(request: CompletionRequest, limits: EngineLimits) -> None:
+    if request.output_limit > limits.max_model_len and request.max_tokens is not None:
+        raise InvalidRequest(
+            f"`max_tokens` is {request.max_tokens}, more than the context of {limits.max_model_len} tokens.",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    size = limits.vocab_size
+    check_token_ids(request.logit_bias or (), field="logit_bias", vocab_size=size)
+    check_token_ids(request.allowed_token_ids or (), field="allowed_token_ids", vocab_size=size)
+    check_token_ids(request.stop_token_ids or (), field="stop_token_ids", vocab_size=size)
+
+
+def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Token sequences of the words, as at a text's start and as after a space (vLLM's rule)."""
+    sequences: list[tuple[int, ...]] = []
+    for word in words:
+        bare = tokenizer.encode_now(word.lstrip(), False)
+        spaced = tokenizer.encode_now(" " + word.lstrip(), False)
+        sequences.append(tuple(bare))
+        # Where the space became a token of its own, the bare sequence bans the word already.
+        if spaced and bare and spaced[0] != bare[0] and len(spaced) == len(bare):
+            sequences.append(tuple(spaced))
+    return tuple(sequence for sequence in dict.fromkeys(sequences) if sequence)
+
+
+def _first(*values: Number | None) -> Number:
+    """The first that is given. The last one always is."""
+    return next(value for value in values if value is not None)
