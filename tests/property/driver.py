@@ -71,6 +71,8 @@ class Driver:
         )
         self.answers: dict[str, Answer] = {}
         self.num_steps = 0
+        self.num_held = 0
+        """Sequences that the gate held, summed over steps, while the step was in flight."""
         self._lag = lag
         self._draft = draft
         self._in_flight: deque[tuple[StepPlan, FakeForward]] = deque()
@@ -114,6 +116,7 @@ class Driver:
             plan = self._with_drafts(plan) if self._draft else plan
             self._in_flight.append((plan, self.runner.forward(plan)))
             self.num_steps += 1
+            self.num_held += len(self.scheduler._gate)
         if self._in_flight and (plan is None or len(self._in_flight) > self._lag):
             self._finish_step()
         self.check()
