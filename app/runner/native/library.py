@@ -1,0 +1,133 @@
+"""The C interface as ctypes: structs as in src/headwater.h, functions of one loaded library.
+
+Pointers are numpy addresses: whoever fills a struct keeps its arrays alive.
+"""
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.runner.base import TierUnavailable
+
+
+class CLinear(Structure):
+    """hw_linear."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("scale", c_void_p),
+        ("zero", c_void_p),
+        ("n_pad", c_int32),
+        ("k", c_int32),
+        ("is_int8", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class CLayer(Structure):
+    """hw_layer."""
+
+    _fields_ = (
+        ("qkv", CLinear),
+        ("output", CLinear),
+        ("gate_up", CLinear),
+        ("down", CLinear),
+        ("attention_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("k_cache", c_void_p),
+        ("v_cache", c_void_p),
+    )
+
+
+class CModel(Structure):
+    """hw_model."""
+
+    _fields_ = (
+        ("num_layers", c_int32),
+        ("hidden", c_int32),
+        ("hidden_pad", c_int32),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("act_pad", c_int32),
+        ("vocab", c_int32),
+        ("has_int8", c_int32),
+        ("reserved", c_int32),
+        ("norm_eps", c_float),
+        ("attention_scale", c_float),
+        ("layers", POINTER(CLayer)),
+        ("head", CLinear),
+        ("embedding", c_void_p),
+        ("final_norm", c_void_p),
+        ("rope_cos", c_void_p),
+        ("rope_sin", c_void_p),
+    )
+
+
+class CStep(Structure):
+    """hw_step."""
+
+    _fields_ = (
+        ("num_tokens", c_int32),
+        ("num_entries", c_int32),
+        ("num_logits", c_int32),
+        ("reserved", c_int32),
+        ("token_ids", c_void_p),
+        ("positions", c_void_p),
+        ("entry_starts", c_void_p),
+        ("block_tables", c_void_p),
+        ("table_starts", c_void_p),
+        ("logits_tokens", c_void_p),
+        ("logits_slots", c_void_p),
+        ("logits", c_void_p),
+        ("best_ids", c_void_p),
+        ("is_finite", c_void_p),
+    )
+
+
+class Library:
+    """One loaded shared library. Calls release the GIL."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise TierUnavailable(f"the native kernels do not load ({error})", remedy=f"delete {path}") from error
+        step_arguments = (c_void_p, POINTER(CModel), POINTER(CStep))
+        pack = (c_void_p, c_int32, c_int32, c_int32, c_int32, c_int32)
+        self.open = self._function("hw_open", c_void_p, c_int32)
+        self.close = self._function("hw_close", None, c_void_p)
+        self.forward = self._function("hw_forward", c_int32, *step_arguments)
+        self.score = self._function("hw_score", c_int32, *step_arguments)
+        self.pack_bf16 = self._function("hw_pack_bf16", None, c_void_p, *pack)
+        self.pack_int8 = self._function("hw_pack_int8", None, c_void_p, c_void_p, c_void_p, *pack)
+        self.round_bf16 = self._function("hw_round_bf16", None, c_void_p, c_void_p, c_int64)
+        self._check_sizes()
+
+    def function(self, name: str, result: type | None, *arguments: type) -> "ctypes._NamedFuncPointer":
+        """Another exported function, typed: benchmarks and tests of single kernels."""
+        return self._function(name, result, *arguments)
+
+    def _function(self, name: str, result: type | None, *arguments: type) -> "ctypes._NamedFuncPointer":
+        function = self._library[name]
+        function.restype = result
+        function.argtypes = list(arguments)
+        return function
+
+    def _check_sizes(self) -> None:
+        sizes = np.zeros(4, dtype=np.int32)
+        self._function("hw_sizes", None, c_void_p)(sizes.ctypes.data)
+        ours = [ctypes.sizeof(struct) for struct in (CLinear, CLayer, CModel, CStep)]
+        if sizes.tolist() != ours:
+            raise TierUnavailable(f"the native kernels have structs of {sizes.tolist()} bytes, not {ours}")
+
+
+def address(array: NDArray[np.generic] | None) -> int | None:
+    """Where a contiguous array's data begins; None stays None (a null pointer)."""
+    return None if array is None else array.ctypes.data

@@ -1,0 +1,140 @@
+"""Builds a NativeRunner from a configuration, or says in one clause why it cannot serve here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.core.config import EngineConfig
+from app.core.errors import ConfigurationError
+from app.core.plan import LogitsNeed, PlanEntry, RowStart, StepPlan
+from app.core.types import SamplingParams
+from app.runner.base import RunnerInfo, TierUnavailable
+from app.runner.memory import KVPlan, available_memory, num_cpus, plan_kv
+from app.runner.native.budget import DEFAULT_TARGET_MS, tokens_for_target
+from app.runner.native.build import find_or_build
+from app.runner.native.families import ModelShape, read_shape
+from app.runner.native.levels import Level, choose_level
+from app.runner.native.library import Library
+from app.runner.native.model import BLOCK_SIZE, NativeModel
+from app.runner.native.runner import NativeRunner
+from app.runner.native.weights import ModelWeights, load_weights
+from app.runner.sampling import SAMPLER_EPOCH
+
+KERNEL_EPOCH = 1
+"""Part of the fingerprint: raised when the kernels bring other bits on the same level."""
+_MOST_THREADS = 32
+
+
+def load(config: EngineConfig) -> NativeRunner:
+    """Load the model for the native tier.
+
+    Raises TierUnavailable where this tier cannot serve it here, ConfigurationError where no tier can.
+    """
+    _check_settings(config)
+    model_dir = Path(config.model_dir)
+    shape = read_shape(model_dir)
+    level = choose_level()
+    library = Library(find_or_build(level))
+    num_threads = min(num_cpus(), _MOST_THREADS) if config.num_threads is None else config.num_threads
+    is_int8 = config.quantization == "int8"
+    weights = load_weights(model_dir, shape, library, is_int8=is_int8, num_threads=num_threads)
+    kv = _plan_kv(config, shape)
+    model = NativeModel(shape, weights, num_blocks=kv.num_blocks, max_model_len=kv.max_model_len)
+    eos_token_ids = _eos_token_ids(config, model_dir)
+
+    def runner_with(max_num_batched_tokens: int) -> NativeRunner:
+        info = _info(config, shape, weights, kv, level, num_threads, max_num_batched_tokens)
+        return NativeRunner(library, model, info, eos_token_ids=eos_token_ids, num_threads=num_threads)
+
+    if config.max_num_batched_tokens is not None:
+        return runner_with(config.max_num_batched_tokens)
+    return runner_with(_measure_budget(runner_with(BLOCK_SIZE), config, kv))
+
+
+def _check_settings(config: EngineConfig) -> None:
+    if config.device not in ("auto", "cpu"):
+        raise TierUnavailable(f"it runs on the CPU and the device is {config.device}")
+    if config.dtype not in ("auto", "bfloat16"):
+        raise TierUnavailable(f"it computes in bfloat16 and the dtype is {config.dtype}", remedy="--dtype auto")
+    if config.quantization not in (None, "int8"):
+        raise TierUnavailable(f"it has no quantization {config.quantization!r}", remedy="--quantization int8")
+    if config.block_size not in (None, BLOCK_SIZE):
+        raise TierUnavailable(f"its blocks have {BLOCK_SIZE} tokens and the block size is {config.block_size}")
+
+
+def _plan_kv(config: EngineConfig, shape: ModelShape) -> KVPlan:
+    if config.max_model_len is not None and config.max_model_len > shape.max_positions:
+        raise ConfigurationError(
+            f"--max-model-len {config.max_model_len} is beyond the model's context of {shape.max_positions} tokens"
+        )
+    return plan_kv(
+        available_bytes=available_memory(),
+        bytes_per_token=shape.kv_bytes_per_token,
+        block_size=BLOCK_SIZE,
+        max_model_len=shape.max_positions if config.max_model_len is None else config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        requested_bytes=config.kv_cache_bytes,
+        requested_blocks=config.num_kv_blocks,
+        is_context_asked=config.max_model_len is not None,
+    )
+
+
+def _info(
+    config: EngineConfig,
+    shape: ModelShape,
+    weights: ModelWeights,
+    kv: KVPlan,
+    level: Level,
+    num_threads: int,
+    max_num_batched_tokens: int,
+) -> RunnerInfo:
+    dtype = "bfloat16" if config.quantization is None else config.quantization
+    threads = f"{num_threads} thread{'s' if num_threads > 1 else ''}"
+    return RunnerInfo(
+        tier="native",
+        tier_reason=f"{shape.model_type} model, {level.name} kernels, {threads}",
+        device="cpu",
+        dtype=dtype,
+        vocab_size=shape.vocab_size,
+        max_model_len=kv.max_model_len,
+        num_kv_blocks=kv.num_blocks,
+        block_size=BLOCK_SIZE,
+        kv_bytes=kv.num_bytes,
+        weight_bytes=weights.num_bytes,
+        max_num_batched_tokens=max_num_batched_tokens,
+        row_independent=True,
+        fingerprint=f"native-{level.name}-{dtype}-k{KERNEL_EPOCH}-s{SAMPLER_EPOCH}-{weights.digest[:16]}",
+    )
+
+
+def _eos_token_ids(config: EngineConfig, model_dir: Path) -> tuple[int, ...]:
+    if config.eos_token_ids is not None:
+        return config.eos_token_ids
+    for name in ("generation_config.json", "config.json"):
+        path = model_dir / name
+        value: Any = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        if value is not None:
+            return (value,) if isinstance(value, int) else tuple(value)
+    return ()
+
+
+def _measure_budget(runner: NativeRunner, config: EngineConfig, kv: KVPlan) -> int:
+    """Time prefill steps in the first blocks, which nobody holds yet."""
+
+    def run_step(num_tokens: int) -> None:
+        token_ids = tuple(np.random.default_rng(0).integers(0, runner.info.vocab_size, num_tokens).tolist())
+        blocks = tuple(range(-(-num_tokens // BLOCK_SIZE)))
+        start = RowStart("probe", SamplingParams(seed=0, max_tokens=1, temperature=0.0), token_ids, ())
+        entry = PlanEntry(
+            row=0, start=0, token_ids=token_ids, num_draft_tokens=0, block_table=blocks, num_new_blocks=len(blocks),
+            logits=LogitsNeed.NONE, sample=False, start_row=start,
+        )  # fmt: skip
+        runner.forward(StepPlan(step_id=0, entries=(entry,)))
+
+    try:
+        target_ms = DEFAULT_TARGET_MS if config.target_itl_ms is None else config.target_itl_ms
+        return tokens_for_target(run_step, target_ms=target_ms, most_tokens=kv.max_model_len)
+    finally:
+        runner.close()

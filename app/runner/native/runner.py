@@ -1,0 +1,200 @@
+"""The native tier as a ModelRunner: turns a plan into index arrays, makes one C call, draws with numpy.
+
+Rule 2 of the design holds: the kernels fix each row's order of reduction by shape, the sampler looks at
+one row, and neither sees who shares the step.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.core.plan import LogitsNeed, PlanEntry, RowResult, StepPlan, StepResult
+from app.core.types import TokenLogprobs
+from app.runner.base import Forward, RunnerInfo
+from app.runner.native.library import CStep, Library, address
+from app.runner.native.model import BLOCK_SIZE, NativeModel
+from app.runner.native.rows import Row, RowTable
+from app.runner.sampling import RowError, score_prompt
+
+_SCORE_ROWS = 32
+"""Rows of logits that exist at once when a whole prompt is scored."""
+_NOT_FINITE = "the model's logits are not finite; the sequence cannot go on"
+
+
+@dataclass
+class StepArrays:
+    """The inputs of a step, and the outputs that its logits rows get."""
+
+    token_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    entry_starts: NDArray[np.int32]
+    """(num_entries + 1,)"""
+    block_tables: NDArray[np.int32]
+    """(rows, blocks_per_row)"""
+    table_starts: NDArray[np.int32]
+    """(num_entries,): where an entry's row begins in the flat block tables."""
+
+    def struct(self, wanted: "Wanted") -> CStep:
+        """Pointers for one call; the arrays must outlive it."""
+        return CStep(
+            num_tokens=len(self.token_ids),
+            num_entries=len(self.table_starts),
+            num_logits=len(wanted.tokens),
+            token_ids=address(self.token_ids),
+            positions=address(self.positions),
+            entry_starts=address(self.entry_starts),
+            block_tables=address(self.block_tables),
+            table_starts=address(self.table_starts),
+            logits_tokens=address(wanted.tokens),
+            logits_slots=address(wanted.slots),
+            logits=address(wanted.logits),
+            best_ids=address(wanted.best_ids),
+            is_finite=address(wanted.is_finite),
+        )
+
+
+class Wanted:
+    """Which tokens of a step need logits, and where they go."""
+
+    def __init__(self, tokens: Sequence[int], slots: Sequence[int], stride: int) -> None:
+        self.tokens = np.array(tokens, dtype=np.int32)
+        self.slots = np.array(slots, dtype=np.int32)
+        """Row of `logits` for each of `tokens`, or -1: only the best id is wanted."""
+        self.logits = np.empty((int(self.slots.max(initial=-1)) + 1, stride), dtype=np.float32)
+        self.best_ids = np.zeros(len(tokens), dtype=np.int32)
+        self.is_finite = np.zeros(len(tokens), dtype=np.uint8)
+
+
+@dataclass
+class NativeForward:
+    """A computed step: its arrays stay valid until the next forward."""
+
+    arrays: StepArrays
+    wanted: Wanted
+    logits_rows: dict[int, int]
+    """Entry index to row of `wanted`."""
+
+
+class NativeRunner:
+    """See the module. One thread calls it."""
+
+    def __init__(
+        self, library: Library, model: NativeModel, info: RunnerInfo, *, eos_token_ids: Sequence[int], num_threads: int
+    ) -> None:
+        self._library = library
+        self._model = model
+        self._info = info
+        blocks_per_row = -(-info.max_model_len // BLOCK_SIZE)
+        self._rows = RowTable(
+            vocab_size=info.vocab_size, eos_token_ids=eos_token_ids, blocks_per_row=blocks_per_row + 1
+        )
+        self._context: int | None = library.open(num_threads)
+        if not self._context:
+            raise MemoryError("no memory for the native tier's threads")
+
+    @property
+    def info(self) -> RunnerInfo:
+        """Fixed from load to exit."""
+        return self._info
+
+    def forward(self, plan: StepPlan) -> NativeForward:
+        """Compute the plan; returns when it is done. See ModelRunner."""
+        self._rows.begin(plan)
+        arrays = self._gather(plan.entries)
+        forward = self._ask(plan.entries, arrays)
+        self._call(self._library.forward, arrays, forward.wanted)
+        return forward
+
+    def sample(self, plan: StepPlan, forward: Forward) -> StepResult:
+        """Draw the next tokens of the step that `forward` computed, which must be the last one."""
+        assert isinstance(forward, NativeForward)
+        rows = tuple(self._sample_entry(index, entry, forward) for index, entry in enumerate(plan.entries))
+        return StepResult(step_id=plan.step_id, rows=rows)
+
+    def close(self) -> None:
+        """End the threads and give back scratch memory."""
+        if self._context:
+            self._library.close(self._context)
+            self._context = None
+
+    def _gather(self, entries: Sequence[PlanEntry]) -> StepArrays:
+        counts = np.array([len(entry.token_ids) for entry in entries], dtype=np.int32)
+        entry_starts = np.zeros(len(entries) + 1, dtype=np.int32)
+        np.cumsum(counts, out=entry_starts[1:])
+        begins = np.array([entry.start for entry in entries], dtype=np.int32) - entry_starts[:-1]
+        total = int(entry_starts[-1])
+        tables = self._rows.block_tables
+        return StepArrays(
+            token_ids=np.fromiter((t for entry in entries for t in entry.token_ids), dtype=np.int32, count=total),
+            positions=np.arange(total, dtype=np.int32) + np.repeat(begins, counts),
+            entry_starts=entry_starts,
+            block_tables=tables,
+            table_starts=np.array([entry.row for entry in entries], dtype=np.int32) * np.int32(tables.shape[1]),
+        )
+
+    def _ask(self, entries: Sequence[PlanEntry], arrays: StepArrays) -> NativeForward:
+        tokens: list[int] = []
+        slots: list[int] = []
+        logits_rows: dict[int, int] = {}
+        num_slots = 0
+        for index, entry in enumerate(entries):
+            if entry.num_draft_tokens:
+                raise ValueError(f"the native tier takes no draft tokens and got {entry.num_draft_tokens}")
+            if not entry.sample:
+                continue
+            logits_rows[index] = len(tokens)
+            tokens.append(int(arrays.entry_starts[index + 1]) - 1)
+            needs_logits = not self._rows[entry.row].takes_largest(entry.start + len(entry.token_ids))
+            slots.append(num_slots if needs_logits else -1)
+            num_slots += needs_logits
+        return NativeForward(arrays, Wanted(tokens, slots, self._model.logits_stride), logits_rows)
+
+    def _call(self, function: "ctypes._NamedFuncPointer", arrays: StepArrays, wanted: Wanted) -> None:
+        step = arrays.struct(wanted)
+        if function(self._context, self._model.reference, ctypes.byref(step)) < 0:
+            raise MemoryError(f"no memory for a step of {len(arrays.token_ids)} tokens; lower --max-num-batched-tokens")
+
+    def _sample_entry(self, index: int, entry: PlanEntry, forward: NativeForward) -> RowResult:
+        row = self._rows[entry.row]
+        try:
+            scored = self._score(index, entry, row, forward) if entry.logits is LogitsNeed.ALL else ()
+            if not entry.sample:
+                return RowResult(row=entry.row, prompt_logprobs=scored)
+            token_id, logprobs = self._draw(index, entry, row, forward)
+        except RowError as error:
+            return RowResult(row=entry.row, error=str(error))
+        return RowResult(
+            row=entry.row,
+            token_ids=(token_id,),
+            logprobs=() if logprobs is None else (logprobs,),
+            prompt_logprobs=scored,
+        )
+
+    def _draw(self, index: int, entry: PlanEntry, row: Row, forward: NativeForward) -> tuple[int, TokenLogprobs | None]:
+        wanted, at = forward.wanted, forward.logits_rows[index]
+        if not wanted.is_finite[at]:
+            raise RowError(_NOT_FINITE)
+        if wanted.slots[at] < 0:
+            token_id = int(wanted.best_ids[at])
+            row.sampler.observe(token_id)
+            return token_id, None
+        logits = wanted.logits[wanted.slots[at], : self._info.vocab_size]
+        return row.sampler.sample_row(logits, entry.start + len(entry.token_ids))
+
+    def _score(self, index: int, entry: PlanEntry, row: Row, forward: NativeForward) -> tuple[TokenLogprobs, ...]:
+        """Logprobs of the prompt positions start + 1 .. end, a few rows of logits at a time."""
+        end = min(entry.start + len(entry.token_ids), len(row.prompt_token_ids) - 1)
+        following = row.prompt_token_ids[entry.start + 1 : end + 1]
+        first = int(forward.arrays.entry_starts[index])
+        num_top = row.params.num_prompt_logprobs or 0
+        scored: list[TokenLogprobs] = []
+        for begin in range(0, len(following), _SCORE_ROWS):
+            part = following[begin : begin + _SCORE_ROWS]
+            tokens = range(first + begin, first + begin + len(part))
+            wanted = Wanted(tokens, range(len(part)), self._model.logits_stride)
+            self._call(self._library.score, forward.arrays, wanted)
+            scored.extend(score_prompt(wanted.logits[:, : self._info.vocab_size], part, num_top))
+        return tuple(scored)

@@ -1,0 +1,73 @@
+"""Read-only views of the tensors in a model folder's safetensors files, without torch.
+
+The library's numpy reader refuses bfloat16, so the header is parsed here and the file is mapped. Views
+hold the mapping; it goes when they do.
+"""
+
+import json
+import mmap
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.core.errors import ConfigurationError
+
+_MAX_HEADER = 100_000_000
+_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "BF16": np.dtype("<u2"),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor where it lies in its file."""
+
+    kind: str
+    """BF16 (as uint16), F16 or F32."""
+    values: NDArray[Any]
+
+
+def read_tensors(model_dir: Path) -> dict[str, Tensor]:
+    """All tensors of the folder by name. Raises ConfigurationError where a file is missing or broken."""
+    tensors: dict[str, Tensor] = {}
+    for path in _files(model_dir):
+        try:
+            tensors.update(_read_file(path))
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            raise ConfigurationError(f"{path} is not a readable safetensors file ({error}); fetch it again") from error
+    return tensors
+
+
+def _files(model_dir: Path) -> list[Path]:
+    single, index = model_dir / "model.safetensors", model_dir / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return [model_dir / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    raise ConfigurationError(f"{model_dir} has no model.safetensors; fetch the model again")
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Tensor]]:
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    (size,) = struct.unpack("<Q", mapping[:8])
+    if size > min(_MAX_HEADER, len(mapping) - 8):
+        raise ValueError(f"its header says {size} bytes")
+    header: dict[str, Any] = json.loads(mapping[8 : 8 + size])
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        kind, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        if kind not in _DTYPES:
+            raise ValueError(f"{name} has dtype {kind}")
+        dtype, count = _DTYPES[kind], int(np.prod(shape, dtype=np.int64))
+        if end - begin != count * dtype.itemsize or not 0 <= begin <= end <= len(mapping) - 8 - size:
+            raise ValueError(f"{name} does not fill its bytes {begin} to {end}")
+        flat = np.frombuffer(mapping, dtype=dtype, count=count, offset=8 + size + begin)
+        yield name, Tensor(kind, flat.reshape(shape))

@@ -1,0 +1,158 @@
+/* Online softmax over a sequence's blocks in order; a row is one (token, head).
+ *
+ * A row's result is fixed by its own position: it meets block after block, within a block its keys
+ * are lanes, and masked lanes are selected away, never multiplied. Rows that share a pass (the heads of
+ * a group, the tokens of a prefill chunk) only share the loads. */
+#include "attention.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "tile.h"
+
+#define TARGET_ROWS 48
+
+int query_tokens(const hw_model *model) {
+    int group = model->num_heads / model->num_kv_heads;
+    int rows = model->head_dim > 64 ? TARGET_ROWS / 2 : TARGET_ROWS;
+    return group >= rows ? 1 : rows / group;
+}
+
+static uint16_t *block_at(const hw_model *model, uint16_t *cache, int32_t block, int kv_head) {
+    return cache + ((long)block * model->num_kv_heads + kv_head) * BLOCK_TOKENS * model->head_dim;
+}
+
+/* K: pairs of dimensions, tokens side by side. */
+static void write_key(uint16_t *block, const float *k, int dim, int offset) {
+    uint16_t row[256];
+    for (int d = 0; d < dim; d += VL) v_store_bf16(row + d, v_load(k + d));
+    const uint32_t *pairs = (const uint32_t *)row;
+    uint32_t *to = (uint32_t *)block + offset;
+    for (int d = 0; d < dim / 2; d++) to[d * BLOCK_TOKENS] = pairs[d];
+}
+
+/* V: pairs of tokens, dimensions side by side. The even token writes both: its partner, or zero, so that
+ * the half of a pair that no token fills yet is a number. */
+static void write_value(uint16_t *block, const float *v, const float *next, int dim, int offset) {
+    uint32_t *to = (uint32_t *)block + offset / 2 * dim;
+    for (int d = 0; d < dim; d += VL) {
+        vi here = v_to_bf16_lanes(v_load(v + d));
+        vi there = next ? v_to_bf16_lanes(v_load(next + d)) : vi_set1(0);
+        vi_store(to + d, vi_or(here, vi_shift_left16(there)));
+    }
+}
+
+/* An odd token whose partner was written by an earlier step. */
+static void add_odd_value(uint16_t *block, const float *v, int dim, int offset) {
+    uint16_t row[256], *to = block + offset / 2 * dim * 2 + 1;
+    for (int d = 0; d < dim; d += VL) v_store_bf16(row + d, v_load(v + d));
+    for (int d = 0; d < dim; d++) to[2 * d] = row[d];
+}
+
+void cache_write(const hw_model *model, const hw_layer *layer, const float *qkv, long stride, int position,
+                 const int32_t *table, int has_previous, int has_next) {
+    const int dim = model->head_dim, offset = position % BLOCK_TOKENS;
+    const float *k = qkv + model->num_heads * dim, *v = k + model->num_kv_heads * dim;
+    for (int h = 0; h < model->num_kv_heads; h++, k += dim, v += dim) {
+        write_key(block_at(model, layer->k_cache, table[position / BLOCK_TOKENS], h), k, dim, offset);
+        uint16_t *values = block_at(model, layer->v_cache, table[position / BLOCK_TOKENS], h);
+        if (offset % 2 == 0) write_value(values, v, has_next ? v + stride : NULL, dim, offset);
+        else if (!has_previous) add_odd_value(values, v, dim, offset);
+    }
+}
+
+/* One row against one block: scores to probabilities in bf16, and the running maximum and sum. */
+static void softmax_row(attention_scratch *s, int row, int tokens, int columns, float scale, float *out, int dim) {
+    float *scores = s->scores + row * BLOCK_TOKENS;
+    uint16_t *p = s->p + row * BLOCK_TOKENS;
+    vf most = v_set1(-INFINITY);
+    for (int c = 0; c < columns; c += VL) {
+        vf x = v_select(v_first(tokens - c), v_mul(v_load(scores + c), v_set1(scale)), v_set1(-INFINITY));
+        v_store(scores + c, x);
+        most = v_max(most, x);
+    }
+    float before = s->largest[row], largest = v_largest(most);
+    if (largest > before) {
+        vf shrink = v_exp2(v_set1(before - largest));
+        for (int d = 0; d < dim; d += VL) v_store(out + d, v_mul(v_load(out + d), shrink));
+        s->sum[row] *= v_largest(shrink);
+        s->largest[row] = largest;
+    }
+    vf reference = v_set1(s->largest[row]), sum = v_zero();
+    for (int c = 0; c < columns; c += VL) {
+        vf e = v_select(v_first(tokens - c), v_exp2(v_sub(v_load(scores + c), reference)), v_zero());
+        sum = v_add(sum, e);
+        v_store_bf16(p + c, e);
+    }
+    s->sum[row] += v_sum(sum);
+}
+
+static void scores_of(attention_scratch *s, const uint16_t *keys, const uint16_t *next, int from, int rows, int columns,
+                      int dim) {
+    int count = tile_count(rows - from);
+    for (int i = 0; i < count; i++) {
+        int row = from + tile_start(rows - from, count, i), end = from + tile_start(rows - from, count, i + 1);
+        tile_in t = {.x = s->q + row * dim, .x_stride = dim / 2, .w = keys, .w_stride = BLOCK_TOKENS, .groups = dim / 2};
+        t.ahead = (const char *)next;
+        t.ahead_step = BLOCK_TOKENS * 4;
+        tile_run_bf16(&t, end - row, columns, NULL, 0, s->scores + row * BLOCK_TOKENS, BLOCK_TOKENS);
+    }
+}
+
+static void add_values(attention_scratch *s, const uint16_t *values, const uint16_t *next, int from, int rows,
+                       int tokens, int dim) {
+    int count = tile_count(rows - from);
+    for (int i = 0; i < count; i++) {
+        int row = from + tile_start(rows - from, count, i), end = from + tile_start(rows - from, count, i + 1);
+        tile_in t = {.x = s->p + row * BLOCK_TOKENS, .x_stride = BLOCK_TOKENS / 2, .w = values, .w_stride = dim};
+        t.groups = (tokens + 1) / 2;
+        t.ahead = (const char *)next;
+        t.ahead_step = dim * 4;
+        float *out = s->out + row * dim;
+        tile_run_bf16(&t, end - row, dim, out, dim, out, dim);
+    }
+}
+
+static void begin(const hw_model *model, attention_scratch *s, const query_block *b, int kv_head, const float *qkv,
+                  long stride) {
+    const int dim = model->head_dim, group = model->num_heads / model->num_kv_heads, rows = b->count * group;
+    for (int t = 0; t < b->count; t++) {
+        const float *q = qkv + (b->first + t) * stride + kv_head * group * dim;
+        for (int i = 0; i < group * dim; i += VL) v_store_bf16(s->q + t * group * dim + i, v_load(q + i));
+    }
+    for (int r = 0; r < rows; r++) s->largest[r] = -INFINITY, s->sum[r] = 0.0f;
+    memset(s->out, 0, sizeof(float) * (size_t)(rows * dim));
+}
+
+static void end(const hw_model *model, attention_scratch *s, const query_block *b, int kv_head, uint16_t *out,
+                long stride) {
+    const int dim = model->head_dim, group = model->num_heads / model->num_kv_heads;
+    for (int r = 0; r < b->count * group; r++) {
+        uint16_t *to = out + (b->first + r / group) * stride + (kv_head * group + r % group) * dim;
+        vf inverse = v_set1(1.0f / s->sum[r]);
+        for (int d = 0; d < dim; d += VL) v_store_bf16(to + d, v_mul(v_load(s->out + r * dim + d), inverse));
+    }
+}
+
+void attend(const hw_model *model, const hw_layer *layer, const hw_step *step, const query_block *b, int kv_head,
+            const float *qkv, long qkv_stride, uint16_t *out, long out_stride, attention_scratch *s) {
+    const int dim = model->head_dim, group = model->num_heads / model->num_kv_heads, rows = b->count * group;
+    const int first = step->positions[b->first], last = first + b->count - 1;
+    const int32_t *table = step->block_tables + step->table_starts[b->entry];
+    const float scale = model->attention_scale * LOG2_E;
+    begin(model, s, b, kv_head, qkv, qkv_stride);
+    for (int block = 0; block <= last / BLOCK_TOKENS; block++) {
+        const int start = block * BLOCK_TOKENS, tokens = last + 1 - start < BLOCK_TOKENS ? last + 1 - start : BLOCK_TOKENS;
+        const int columns = (tokens + 15) / 16 * 16, next = block < last / BLOCK_TOKENS ? block + 1 : block;
+        const int from = start > first ? (start - first) * group : 0; /* rows before it end in earlier blocks */
+        scores_of(s, block_at(model, layer->k_cache, table[block], kv_head),
+                  block_at(model, layer->k_cache, table[next], kv_head), from, rows, columns, dim);
+        for (int r = from; r < rows; r++) {
+            int seen = first + r / group + 1 - start;
+            softmax_row(s, r, seen < BLOCK_TOKENS ? seen : BLOCK_TOKENS, columns, scale, s->out + r * dim, dim);
+        }
+        add_values(s, block_at(model, layer->v_cache, table[block], kv_head),
+                   block_at(model, layer->v_cache, table[next], kv_head), from, rows, tokens, dim);
+    }
+    end(model, s, b, kv_head, out, out_stride);
+}

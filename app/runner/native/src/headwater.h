@@ -1,0 +1,59 @@
+/* What Python and the kernels share: flat structs of pointers and 32-bit sizes, mirrored in library.py.
+ *
+ * Layouts (bf16 as uint16_t):
+ *   packed bf16 weight   [n_pad / 64][k / 2][64][2]         k even, n_pad a multiple of 64, zero padding
+ *   packed int8 weight   [n_pad / 64][k / 4][64][4]         signed, k a multiple of 4
+ *   K of a layer         [block][kv head][head_dim / 2][64 tokens][2]
+ *   V of a layer         [block][kv head][32 token pairs][head_dim][2]
+ * A row of activations is padded to a multiple of 64 columns with zeros.
+ *
+ * Rule: the order in which a row's numbers are added is fixed by the shapes of the model and by the
+ * row's own position; never by the number of rows, the chunk they came in or the number of threads. */
+#ifndef HEADWATER_H
+#define HEADWATER_H
+#include <stdint.h>
+
+#define BLOCK_TOKENS 64
+#define COLUMNS 64 /* of one packed weight block */
+
+typedef struct {
+    const void *weight;
+    const float *bias;   /* [n_pad] or NULL */
+    const float *scale;  /* int8: [n_pad] */
+    const int32_t *zero; /* int8: [n_pad], 128 * sum over k of the weights: what the +128 of inputs adds */
+    int32_t n_pad, k, is_int8, reserved;
+} hw_linear;
+
+typedef struct {
+    hw_linear qkv, output, gate_up, down; /* gate_up: 16 gate columns, 16 up columns, in turn */
+    const float *attention_norm, *mlp_norm; /* [hidden_pad] */
+    const float *q_norm, *k_norm;           /* [head_dim] or NULL */
+    uint16_t *k_cache, *v_cache;
+} hw_layer;
+
+typedef struct {
+    int32_t num_layers, hidden, hidden_pad, num_heads, num_kv_heads, head_dim, act_pad, vocab, has_int8, reserved;
+    float norm_eps, attention_scale;
+    const hw_layer *layers;
+    hw_linear head;
+    const uint16_t *embedding; /* packed bf16, as a linear of vocab columns */
+    const float *final_norm;   /* [hidden_pad] */
+    const float *rope_cos, *rope_sin; /* [position][head_dim / 2] */
+} hw_model;
+
+typedef struct {
+    int32_t num_tokens, num_entries, num_logits, reserved;
+    const int32_t *token_ids, *positions; /* [num_tokens] */
+    const int32_t *entry_starts;          /* [num_entries + 1] into the tokens */
+    const int32_t *block_tables;          /* one after the other */
+    const int32_t *table_starts;          /* [num_entries] into block_tables */
+    const int32_t *logits_tokens;         /* [num_logits] token indices */
+    const int32_t *logits_slots;          /* [num_logits] row of `logits` to write, or -1: argmax alone */
+    float *logits;                        /* [slots][head.n_pad] */
+    int32_t *best_ids;                    /* [num_logits] id of the largest logit, the lowest of equals */
+    uint8_t *is_finite;                   /* [num_logits] */
+} hw_step;
+
+typedef struct hw_context hw_context; /* threads and scratch memory */
+
+#endif

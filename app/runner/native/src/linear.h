@@ -1,0 +1,42 @@
+/* Packed linears with what follows them done while the tile is in L1. */
+#ifndef HW_LINEAR_H
+#define HW_LINEAR_H
+#include "tile.h"
+
+typedef enum {
+    FINISH_STORE,    /* out = y */
+    FINISH_ADD,      /* out += y: the residual stream */
+    FINISH_SILU_MUL, /* out16 = silu(gate) * up; columns in turns of 16 gate, 16 up */
+    FINISH_LOGITS,   /* out rows where wanted, and the running argmax */
+} finish_kind;
+
+/* Running argmax of one row: a lane's best value and its id, and 0 while all values were finite. */
+typedef struct {
+    float value[VL];
+    int32_t id[VL];
+    float taint[VL];
+} lane_best;
+
+typedef struct {
+    finish_kind kind;
+    float *out;
+    uint16_t *out16;
+    long stride; /* of out or out16, in elements */
+    const int32_t *slots; /* FINISH_LOGITS: row of out for each row, or -1 */
+    lane_best *best;      /* FINISH_LOGITS: this thread's, one a row */
+    int columns;          /* FINISH_LOGITS: real columns; padding beyond is ignored */
+} finish;
+
+/* Inputs of a linear: bf16 rows, or bytes with a scale a row for int8. */
+typedef struct {
+    const uint16_t *bf16;
+    const uint8_t *bytes;
+    const float *scales;
+    long stride; /* elements */
+} linear_in;
+
+/* This thread's share of the columns, for all rows. No barrier inside. */
+void linear_run(const hw_linear *linear, const linear_in *in, int rows, const finish *done, int thread,
+                int num_threads);
+void best_reset(lane_best *best, int rows);
+#endif

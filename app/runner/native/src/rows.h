@@ -1,0 +1,14 @@
+/* What is done to one row of activations at a time. */
+#ifndef HW_ROWS_H
+#define HW_ROWS_H
+#include "headwater.h"
+
+/* out[0 .. hidden_pad) = the embedding of a token, from the packed layout. */
+void row_embed(const hw_model *model, int token, float *out);
+/* out = x / rms(x) * weight, rounded to bf16. */
+void row_norm(const hw_model *model, const float *x, const float *weight, uint16_t *out);
+/* bytes = round(x / scale) + 128 with scale = max|x| / 127. k a multiple of 16. */
+void row_quantise(const uint16_t *x, int k, uint8_t *bytes, float *scale);
+/* Norm (where the model has one) and rotate the heads of q and k in place: float32 row of qkv. */
+void row_rotate(const hw_model *model, const hw_layer *layer, int position, float *qkv);
+#endif

@@ -1,0 +1,281 @@
+/* One step of the decoder: embedding, layers, head, in one parallel region.
+ *
+ * Phases meet at barriers. Rows are shared out by row, linears by column, attention by (query block,
+ * kv head) as threads come free: who computes a number never changes it. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "attention.h"
+#include "linear.h"
+#include "pool.h"
+#include "rows.h"
+
+#define ALIGN 64
+#define MXCSR_FLUSH 0x9fc0 /* default rounding, denormals are zero: the same on every thread */
+
+struct hw_context {
+    hw_pool *pool;
+    char *memory;
+    size_t capacity;
+    /* carved out of memory for the running step */
+    float *residual, *qkv, *scales;
+    uint16_t *x, *attended, *activated;
+    uint8_t *bytes;
+    query_block *queries;
+    lane_best *best;              /* [thread][logits row] */
+    attention_scratch *attention; /* [thread] */
+    _Atomic int32_t *next_item; /* [layer] */
+    int num_queries;
+};
+
+typedef struct {
+    hw_context *ctx;
+    const hw_model *model;
+    const hw_step *step;
+} job;
+
+/* ---- scratch ---- */
+
+static long padded(long n) { return (n + COLUMNS - 1) / COLUMNS * COLUMNS; }
+static long max2(long a, long b) { return a > b ? a : b; }
+static long attended_stride(const hw_model *m) { return padded((long)m->num_heads * m->head_dim); }
+static long qkv_stride(const hw_model *m) { return m->layers[0].qkv.n_pad; }
+static long widest(const hw_model *m) { return max2(max2(m->hidden_pad, m->act_pad), attended_stride(m)); }
+
+static void *carve(char **at, size_t bytes) {
+    char *p = *at;
+    *at += (bytes + ALIGN - 1) / ALIGN * ALIGN;
+    return p;
+}
+
+/* Lay out the buffers of a step from `base`; returns the bytes used. */
+static size_t lay_out(hw_context *c, const hw_model *m, const hw_step *s, char *base) {
+    char *at = base;
+    const size_t tokens = (size_t)s->num_tokens, logits = (size_t)s->num_logits;
+    const size_t threads = (size_t)pool_threads(c->pool), rows = tokens > logits ? tokens : logits;
+    c->residual = carve(&at, tokens * (size_t)m->hidden_pad * sizeof(float)); /* first: hw_score reads it again */
+    c->qkv = carve(&at, tokens * (size_t)qkv_stride(m) * sizeof(float));
+    c->x = carve(&at, rows * (size_t)m->hidden_pad * 2);
+    c->attended = carve(&at, tokens * (size_t)attended_stride(m) * 2);
+    c->activated = carve(&at, tokens * (size_t)m->act_pad * 2);
+    c->bytes = carve(&at, m->has_int8 ? rows * (size_t)widest(m) : 0);
+    c->scales = carve(&at, rows * sizeof(float));
+    c->queries = carve(&at, tokens * sizeof(query_block));
+    c->best = carve(&at, threads * rows * sizeof(lane_best));
+    c->attention = carve(&at, threads * sizeof(attention_scratch));
+    c->next_item = carve(&at, (size_t)m->num_layers * sizeof(int32_t));
+    return (size_t)(at - base);
+}
+
+static int reserve(hw_context *c, size_t bytes) {
+    if (bytes <= c->capacity) return 0;
+    free(c->memory);
+    c->capacity = 0;
+    size_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+    c->memory = aligned_alloc(4096, size);
+    if (!c->memory) return -1;
+    memset(c->memory, 0, size);
+    c->capacity = size;
+    return 0;
+}
+
+/* Tokens of one sequence that share a pass over its keys. */
+static void plan_queries(hw_context *c, const hw_model *m, const hw_step *s) {
+    const int most = query_tokens(m);
+    c->num_queries = 0;
+    for (int e = 0; e < s->num_entries; e++)
+        for (int t = s->entry_starts[e]; t < s->entry_starts[e + 1]; t += most) {
+            int left = s->entry_starts[e + 1] - t;
+            c->queries[c->num_queries++] = (query_block){e, t, left < most ? left : most};
+        }
+    for (int l = 0; l < m->num_layers; l++) c->next_item[l] = 0;
+}
+
+/* ---- phases; each thread takes its share ---- */
+
+#define SHARE(n) int from = (int)((long)(n) * thread / threads), to = (int)((long)(n) * (thread + 1) / threads)
+
+static void quantise_rows(const job *j, const uint16_t *x, long stride, int k, int from, int to) {
+    const long width = widest(j->model);
+    for (int r = from; r < to; r++)
+        row_quantise(x + r * stride, k, j->ctx->bytes + r * width, j->ctx->scales + r);
+}
+
+static void embed_rows(const job *j, int thread, int threads) {
+    SHARE(j->step->num_tokens);
+    for (int t = from; t < to; t++)
+        row_embed(j->model, j->step->token_ids[t], j->ctx->residual + (long)t * j->model->hidden_pad);
+}
+
+static void norm_rows(const job *j, const float *weight, int is_int8, int thread, int threads) {
+    const long stride = j->model->hidden_pad;
+    SHARE(j->step->num_tokens);
+    for (int t = from; t < to; t++) row_norm(j->model, j->ctx->residual + t * stride, weight, j->ctx->x + t * stride);
+    if (is_int8) quantise_rows(j, j->ctx->x, stride, (int)stride, from, to);
+}
+
+static void rotate_and_store(const job *j, const hw_layer *layer, int thread, int threads) {
+    const long stride = qkv_stride(j->model);
+    const hw_step *s = j->step;
+    SHARE(s->num_tokens);
+    for (int t = from, e = 0; t < to; t++) {
+        while (s->entry_starts[e + 1] <= t) e++;
+        float *qkv = j->ctx->qkv + t * stride;
+        row_rotate(j->model, layer, s->positions[t], qkv);
+        cache_write(j->model, layer, qkv, stride, s->positions[t], s->block_tables + s->table_starts[e],
+                    t > s->entry_starts[e], t + 1 < s->entry_starts[e + 1]);
+    }
+}
+
+static void attend_items(const job *j, int index, int thread) {
+    hw_context *c = j->ctx;
+    const hw_model *m = j->model;
+    const int heads = m->num_kv_heads;
+    for (int i; (i = atomic_fetch_add(&c->next_item[index], 1)) < c->num_queries * heads;)
+        attend(m, m->layers + index, j->step, c->queries + i / heads, i % heads, c->qkv, qkv_stride(m), c->attended,
+               attended_stride(m), c->attention + thread);
+}
+
+/* x times a linear into `done`. An int8 linear's bytes are made first, unless the norm made them. */
+static void project(const job *j, const hw_linear *lin, const uint16_t *x, long stride, int rows, int has_bytes,
+                    const finish *done, int thread, int threads) {
+    linear_in in = {.bf16 = x, .stride = stride};
+    if (lin->is_int8) {
+        if (!has_bytes) {
+            SHARE(rows);
+            quantise_rows(j, x, stride, lin->k, from, to);
+            pool_barrier(j->ctx->pool, threads);
+        }
+        in = (linear_in){.bytes = j->ctx->bytes, .scales = j->ctx->scales, .stride = widest(j->model)};
+    }
+    linear_run(lin, &in, rows, done, thread, threads);
+}
+
+static void run_layer(const job *j, int index, int thread, int threads) {
+    hw_context *c = j->ctx;
+    const hw_model *m = j->model;
+    const hw_layer *layer = m->layers + index;
+    const int rows = j->step->num_tokens;
+    const finish to_qkv = {.kind = FINISH_STORE, .out = c->qkv, .stride = qkv_stride(m)};
+    const finish to_residual = {.kind = FINISH_ADD, .out = c->residual, .stride = m->hidden_pad};
+    const finish to_activated = {.kind = FINISH_SILU_MUL, .out16 = c->activated, .stride = m->act_pad};
+
+    norm_rows(j, layer->attention_norm, layer->qkv.is_int8, thread, threads);
+    pool_barrier(c->pool, threads);
+    project(j, &layer->qkv, c->x, m->hidden_pad, rows, 1, &to_qkv, thread, threads);
+    pool_barrier(c->pool, threads);
+    rotate_and_store(j, layer, thread, threads);
+    pool_barrier(c->pool, threads);
+    attend_items(j, index, thread);
+    pool_barrier(c->pool, threads);
+    project(j, &layer->output, c->attended, attended_stride(m), rows, 0, &to_residual, thread, threads);
+    pool_barrier(c->pool, threads);
+    norm_rows(j, layer->mlp_norm, layer->gate_up.is_int8, thread, threads);
+    pool_barrier(c->pool, threads);
+    project(j, &layer->gate_up, c->x, m->hidden_pad, rows, 1, &to_activated, thread, threads);
+    pool_barrier(c->pool, threads);
+    project(j, &layer->down, c->activated, m->act_pad, rows, 0, &to_residual, thread, threads);
+    pool_barrier(c->pool, threads);
+}
+
+/* The best of all lanes and threads: the largest value, the lowest id of equals. */
+static void settle_best(const job *j, int row, int threads) {
+    const hw_step *s = j->step;
+    float value = 0.0f, taint = 0.0f;
+    int32_t id = -1;
+    for (int t = 0; t < threads; t++) {
+        const lane_best *b = j->ctx->best + (long)t * s->num_logits + row;
+        for (int i = 0; i < VL; i++) {
+            int32_t lane_id = b->id[i] + i;
+            taint += b->taint[i];
+            if (id < 0 || b->value[i] > value || (b->value[i] == value && lane_id < id)) value = b->value[i], id = lane_id;
+        }
+    }
+    s->best_ids[row] = id;
+    s->is_finite[row] = taint == 0.0f;
+}
+
+static void run_head(const job *j, int thread, int threads) {
+    hw_context *c = j->ctx;
+    const hw_model *m = j->model;
+    const hw_step *s = j->step;
+    const long stride = m->hidden_pad;
+    {
+        SHARE(s->num_logits);
+        for (int r = from; r < to; r++)
+            row_norm(m, c->residual + s->logits_tokens[r] * stride, m->final_norm, c->x + r * stride);
+        if (m->head.is_int8) quantise_rows(j, c->x, stride, (int)stride, from, to);
+    }
+    lane_best *best = c->best + (long)thread * s->num_logits;
+    best_reset(best, s->num_logits);
+    pool_barrier(c->pool, threads);
+    const finish to_logits = {.kind = FINISH_LOGITS, .out = s->logits, .stride = m->head.n_pad,
+                              .slots = s->logits_slots, .best = best, .columns = m->vocab};
+    project(j, &m->head, c->x, stride, s->num_logits, 1, &to_logits, thread, threads);
+    pool_barrier(c->pool, threads);
+    SHARE(s->num_logits);
+    for (int r = from; r < to; r++) settle_best(j, r, threads);
+}
+
+static void forward_region(void *arg, int thread, int threads) {
+    const job *j = arg;
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(MXCSR_FLUSH);
+    embed_rows(j, thread, threads);
+    for (int l = 0; l < j->model->num_layers; l++) run_layer(j, l, thread, threads);
+    if (j->step->num_logits > 0) run_head(j, thread, threads);
+    _mm_setcsr(before);
+    pool_barrier(j->ctx->pool, threads);
+}
+
+static void score_region(void *arg, int thread, int threads) {
+    const job *j = arg;
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(MXCSR_FLUSH);
+    run_head(j, thread, threads);
+    _mm_setcsr(before);
+    pool_barrier(j->ctx->pool, threads);
+}
+
+/* ---- for Python ---- */
+
+hw_context *hw_open(int32_t num_threads) {
+    hw_context *c = calloc(1, sizeof *c);
+    if (!c) return NULL;
+    c->pool = pool_open(num_threads);
+    if (c->pool) return c;
+    free(c);
+    return NULL;
+}
+
+void hw_close(hw_context *c) {
+    pool_close(c->pool);
+    free(c->memory);
+    free(c);
+}
+
+/* Compute a step. Returns the number of threads that ran, or -1 where memory is short. */
+int32_t hw_forward(hw_context *c, const hw_model *model, const hw_step *step) {
+    if (reserve(c, lay_out(c, model, step, NULL))) return -1;
+    lay_out(c, model, step, c->memory);
+    plan_queries(c, model, step);
+    job j = {c, model, step};
+    return pool_run(c->pool, forward_region, &j);
+}
+
+/* Logits of more tokens of the step that hw_forward computed last: the same step with other logits
+ * fields, no more rows than num_tokens. */
+int32_t hw_score(hw_context *c, const hw_model *model, const hw_step *step) {
+    if (step->num_logits > step->num_tokens || lay_out(c, model, step, NULL) > c->capacity) return -1;
+    lay_out(c, model, step, c->memory);
+    job j = {c, model, step};
+    return pool_run(c->pool, score_region, &j);
+}
+
+/* Sizes of the structs, for Python to compare with its own. */
+void hw_sizes(int32_t *out) {
+    out[0] = sizeof(hw_linear);
+    out[1] = sizeof(hw_layer);
+    out[2] = sizeof(hw_model);
+    out[3] = sizeof(hw_step);
+}

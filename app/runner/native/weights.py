@@ -1,0 +1,257 @@
+"""A model folder's weights, packed once into the layouts of the kernels; the files are let go after.
+
+Packed weights are the only copy: a tied embedding is looked up in the packed head. In int8 every linear
+is int8 and the embedding stays bf16.
+"""
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.core.errors import ConfigurationError
+from app.runner.base import TierUnavailable
+from app.runner.native.arena import Arena, aligned
+from app.runner.native.families import ModelShape
+from app.runner.native.library import CLinear, Library, address
+from app.runner.native.safetensors import Tensor, read_tensors
+
+_COLUMNS = 64
+_TURN = 16
+"""Gate and up columns take turns of this many."""
+_ONE_RUN = 1 << 30
+
+
+def padded(count: int) -> int:
+    """`count` rounded up to whole column blocks."""
+    return -(-count // _COLUMNS) * _COLUMNS
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """One linear in a kernel's layout."""
+
+    weight: NDArray[Any]
+    """bf16 (n_pad / 64, k / 2, 64, 2) or int8 (n_pad / 64, k / 4, 64, 4), flat."""
+    n_pad: int
+    k: int
+    bias: NDArray[np.float32] | None = None
+    """(n_pad,)"""
+    scale: NDArray[np.float32] | None = None
+    """(n_pad,), int8 alone."""
+    zero: NDArray[np.int32] | None = None
+    """(n_pad,), int8 alone."""
+
+    def as_struct(self) -> CLinear:
+        """Pointers into the arrays, which must outlive it."""
+        return CLinear(
+            weight=address(self.weight),
+            bias=address(self.bias),
+            scale=address(self.scale),
+            zero=address(self.zero),
+            n_pad=self.n_pad,
+            k=self.k,
+            is_int8=int(self.scale is not None),
+        )
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer."""
+
+    qkv: PackedLinear
+    output: PackedLinear
+    gate_up: PackedLinear
+    down: PackedLinear
+    attention_norm: NDArray[np.float32]
+    mlp_norm: NDArray[np.float32]
+    q_norm: NDArray[np.float32] | None
+    k_norm: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """Everything that the kernels read and never write."""
+
+    layers: tuple[LayerWeights, ...]
+    head: PackedLinear
+    embedding: NDArray[Any]
+    """bf16 in the layout of a packed linear of vocab columns."""
+    final_norm: NDArray[np.float32]
+    num_bytes: int
+    digest: str
+    """sha256 over names, types and bytes of the source tensors."""
+
+
+def load_weights(
+    model_dir: Path, shape: ModelShape, library: Library, *, is_int8: bool, num_threads: int
+) -> ModelWeights:
+    """Map, check and pack. Raises ConfigurationError (broken files), TierUnavailable (tensors unknown)."""
+    tensors = read_tensors(model_dir)
+    packer = _Packer(shape, library, tensors, is_int8=is_int8)
+    layers = tuple(packer.layer(index) for index in range(shape.num_layers))
+    head, embedding = packer.head_and_embedding()
+    final_norm = packer.vector("model.norm.weight", shape.hidden, pad=padded(shape.hidden))
+    packer.refuse_left_over()
+    with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
+        digest = pool.submit(_digest, tensors)
+        for done in [pool.submit(job) for job in packer.jobs]:
+            done.result()
+        return ModelWeights(layers, head, embedding, final_norm, packer.arena.num_bytes, digest.result())
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.kind} {tensor.values.shape}\n".encode())
+        digest.update(np.ascontiguousarray(tensor.values).data)
+    return digest.hexdigest()
+
+
+@dataclass
+class _Packer:
+    """Lays out all weights in one arena and notes the copying still to do in `jobs`."""
+
+    shape: ModelShape
+    library: Library
+    tensors: dict[str, Tensor]
+    is_int8: bool
+    jobs: list[Callable[[], None]] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.arena = Arena(self._arena_bytes(), huge_pages=True)
+
+    def layer(self, index: int) -> LayerWeights:
+        shape, prefix = self.shape, f"model.layers.{index}."
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        qkv = [(attention + "q_proj", q_size), (attention + "k_proj", kv_size), (attention + "v_proj", kv_size)]
+        hidden, pad = shape.hidden, padded(shape.hidden)
+        return LayerWeights(
+            qkv=self.linear(qkv, k=hidden, has_bias=shape.qkv_bias),
+            output=self.linear([(attention + "o_proj", hidden)], k=q_size, has_bias=shape.output_bias),
+            gate_up=self.gate_up(mlp),
+            down=self.linear([(mlp + "down_proj", hidden)], k=shape.intermediate, has_bias=shape.mlp_bias),
+            attention_norm=self.vector(prefix + "input_layernorm.weight", hidden, pad=pad),
+            mlp_norm=self.vector(prefix + "post_attention_layernorm.weight", hidden, pad=pad),
+            q_norm=self._head_norm(attention + "q_norm.weight"),
+            k_norm=self._head_norm(attention + "k_norm.weight"),
+        )
+
+    def linear(self, parts: list[tuple[str, int]], *, k: int, has_bias: bool) -> PackedLinear:
+        """Linears side by side: their columns one after the other."""
+        packed = self._empty(sum(size for _, size in parts), k, is_int8=self.is_int8, has_bias=has_bias)
+        column = 0
+        for name, size in parts:
+            self._fill(packed, name, size, column=column, run=_ONE_RUN, stride=0)
+            column += size
+        return packed
+
+    def gate_up(self, prefix: str) -> PackedLinear:
+        """Gate and up columns in turns, so that one tile holds both halves of silu(gate) * up."""
+        size = self.shape.intermediate
+        packed = self._empty(2 * size, self.shape.hidden, is_int8=self.is_int8, has_bias=self.shape.mlp_bias)
+        self._fill(packed, prefix + "gate_proj", size, column=0, run=_TURN, stride=2 * _TURN)
+        self._fill(packed, prefix + "up_proj", size, column=_TURN, run=_TURN, stride=2 * _TURN)
+        return packed
+
+    def head_and_embedding(self) -> tuple[PackedLinear, NDArray[Any]]:
+        shape, embed = self.shape, "model.embed_tokens"
+        embedding = self._empty(shape.vocab_size, shape.hidden, is_int8=False, has_bias=False)
+        self._fill(embedding, embed, shape.vocab_size, column=0, run=_ONE_RUN, stride=0)
+        if shape.is_tied and "lm_head.weight" in self.tensors:
+            self.used.add("lm_head.weight")  # a copy that some exporters keep
+        if shape.is_tied and not self.is_int8:
+            return embedding, embedding.weight
+        head = self._empty(shape.vocab_size, shape.hidden, is_int8=self.is_int8, has_bias=False)
+        self._fill(head, embed if shape.is_tied else "lm_head", shape.vocab_size, column=0, run=_ONE_RUN, stride=0)
+        return head, embedding.weight
+
+    def vector(self, name: str, size: int, *, pad: int) -> NDArray[np.float32]:
+        """A float32 copy, zero beyond `size`."""
+        out = np.zeros(pad, dtype=np.float32)
+        out[:size] = _as_float(self._tensor(name, (size,)))
+        return out
+
+    def refuse_left_over(self) -> None:
+        """A tensor that nothing used may be one that changes the result."""
+        left = [name for name in self.tensors if name not in self.used and not name.endswith("rotary_emb.inv_freq")]
+        if left:
+            raise TierUnavailable(f"the model has a tensor {left[0]!r}, which the native kernels do not know")
+
+    def _head_norm(self, name: str) -> NDArray[np.float32] | None:
+        return self.vector(name, self.shape.head_dim, pad=self.shape.head_dim) if self.shape.qk_norm else None
+
+    def _empty(self, n: int, k: int, *, is_int8: bool, has_bias: bool) -> PackedLinear:
+        n_pad = padded(n)
+        bias = np.zeros(n_pad, dtype=np.float32) if has_bias else None
+        if not is_int8:
+            return PackedLinear(self.arena.take(n_pad * k, np.uint16), n_pad, k, bias)
+        weight = self.arena.take(n_pad * k, np.int8)
+        return PackedLinear(weight, n_pad, k, bias, np.zeros(n_pad, dtype=np.float32), np.zeros(n_pad, dtype=np.int32))
+
+    def _fill(self, packed: PackedLinear, name: str, size: int, *, column: int, run: int, stride: int) -> None:
+        source = self._tensor(name + ".weight", (size, packed.k))
+        if packed.bias is not None:
+            rows = np.arange(size)
+            packed.bias[column + rows // run * stride + rows % run] = _as_float(self._tensor(name + ".bias", (size,)))
+        self.jobs.append(lambda: self._pack(packed, source, column=column, run=run, stride=stride))
+
+    def _pack(self, packed: PackedLinear, source: Tensor, *, column: int, run: int, stride: int) -> None:
+        rows = _as_bf16(source, self.library)
+        where = (*source.values.shape, column, run, stride)
+        if packed.scale is None:
+            self.library.pack_bf16(address(packed.weight), address(rows), *where)
+        else:
+            scales = address(packed.scale), address(packed.zero)
+            self.library.pack_int8(address(packed.weight), *scales, address(rows), *where)
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise ConfigurationError(f"the model's safetensors files have no tensor {name!r}; fetch the model again")
+        if tensor.values.shape != shape:
+            raise ConfigurationError(
+                f"tensor {name!r} has shape {tensor.values.shape} and config.json means {shape}; fetch the model again"
+            )
+        self.used.add(name)
+        return tensor
+
+    def _arena_bytes(self) -> int:
+        shape = self.shape
+        q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        sizes = (
+            (q_size + 2 * kv_size, shape.hidden),
+            (shape.hidden, q_size),
+            (2 * shape.intermediate, shape.hidden),
+            (shape.hidden, shape.intermediate),
+        )
+        width = 1 if self.is_int8 else 2
+        layer = sum(aligned(padded(n) * k * width) for n, k in sizes)
+        embedding = aligned(padded(shape.vocab_size) * shape.hidden * 2)
+        head = aligned(padded(shape.vocab_size) * shape.hidden * width)
+        has_own_head = self.is_int8 or not shape.is_tied
+        return shape.num_layers * layer + embedding + (head if has_own_head else 0)
+
+
+def _as_float(tensor: Tensor) -> NDArray[np.float32]:
+    if tensor.kind == "BF16":
+        return (tensor.values.astype(np.uint32) << 16).view(np.float32)
+    return tensor.values.astype(np.float32)
+
+
+def _as_bf16(tensor: Tensor, library: Library) -> NDArray[np.uint16]:
+    """Rows of bf16: the mapped file itself where it holds them."""
+    if tensor.kind == "BF16":
+        return np.ascontiguousarray(tensor.values)
+    values = np.ascontiguousarray(tensor.values, dtype=np.float32)
+    out = np.empty(values.shape, dtype=np.uint16)
+    library.round_bf16(address(out), address(values), values.size)
+    return out
