@@ -1,0 +1,122 @@
+"""The command `headwater`: what a person types and reads. Each command imports what it needs, when it runs."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from app import __version__
+from app.console import answer, remark
+from app.core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from app.settings import Settings
+
+EXIT_OK = 0
+EXIT_CONFIGURATION = 2
+"""Settings, model or machine do not fit: a restart would fail the same way."""
+EXIT_FAILED = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Mistakes of the operator are printed without a traceback."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except ConfigurationError as error:
+        remark(f"headwater: {error}")
+        return EXIT_CONFIGURATION
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="headwater", description="Serve a trained decoder behind the OpenAI API.")
+    parser.add_argument("--version", action="version", version=f"headwater {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    serve = commands.add_parser("serve", help="serve a model")
+    _add_settings(serve)
+    serve.set_defaults(command=_serve)
+
+    check = commands.add_parser("check", help="say what would be served, where and why, without serving")
+    _add_settings(check)
+    check.set_defaults(command=_check)
+
+    pull = commands.add_parser("pull", help="fetch a model into the cache")
+    pull.add_argument("model", metavar="MODEL", help="catalogue name or hub repository")
+    pull.set_defaults(command=_pull)
+
+    commands.add_parser("list", help="list the catalogue and what is in the cache").set_defaults(command=_list)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of Settings. Values are checked there, not here."""
+    from app.settings import Settings
+
+    for name, field in Settings.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        default = "" if field.default in (None, (), "", {}) else f" [{field.default}]"
+        help_text = f"{field.description}{default}".replace("%", "%%")
+        if name == "model":
+            parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=help_text)
+        elif field.annotation is bool:
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=field.description
+            )
+        elif field.default == ():
+            parser.add_argument(flag, nargs="+", default=argparse.SUPPRESS, metavar="NAME", help=help_text)
+        elif field.default == {}:
+            import json
+
+            parser.add_argument(flag, type=json.loads, default=argparse.SUPPRESS, metavar="JSON", help=help_text)
+        else:
+            parser.add_argument(flag, default=argparse.SUPPRESS, metavar=_metavar(name), help=help_text)
+
+
+def _metavar(name: str) -> str:
+    return name.rsplit("_", 1)[-1].upper()
+
+
+def _settings(options: argparse.Namespace) -> "Settings":
+    from app.settings import Settings, load_settings
+
+    return load_settings(**{name: value for name, value in vars(options).items() if name in Settings.model_fields})
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from app.serve import serve
+
+    return serve(_settings(options))
+
+
+def _check(options: argparse.Namespace) -> int:
+    from app.serve import check
+
+    return check(_settings(options))
+
+
+def _pull(options: argparse.Namespace) -> int:
+    from app.store import pull
+
+    folder = pull(options.model, report=remark)
+    answer(f"{folder.name} is in {folder.path} ({folder.licence or 'licence not stated'})")
+    return EXIT_OK
+
+
+def _list(_options: argparse.Namespace) -> int:
+    from app.store import list_models
+
+    for model in list_models():
+        where = f"in the cache: {model.path}" if model.is_cached else "not in the cache"
+        default = ", the default" if model.is_default else ""
+        answer(f"{model.name} ({model.licence}{default}; context {model.context_length})")
+        answer(f"    {model.description}\n    {model.source}\n    {where}")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""The operator's settings: flags over HEADWATER_* variables over defaults, one table for all three.
+
+Every field is a flag of `headwater serve` (`max_num_seqs` → `--max-num-seqs`) and a variable
+(`HEADWATER_MAX_NUM_SEQS`). Values that do not parse, and variables that no field has, end the start
+with a sentence. Automatic values are `None` here and resolved where they are known: in the engine.
+"""
+
+import os
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from app.core.config import EngineConfig
+from app.core.errors import ConfigurationError
+
+ENV_PREFIX = "HEADWATER_"
+OTHER_VARIABLES = frozenset({"HEADWATER_CACHE", "HEADWATER_ISA"})
+"""Variables that belong to other owners: the store's cache folder, the native tier's ISA level."""
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+
+class Source(StrEnum):
+    """Where a setting's value came from."""
+
+    FLAG = "flag"
+    ENVIRONMENT = "environment"
+    DEFAULT = "default"
+
+
+class Settings(BaseSettings):
+    """Settings of `headwater serve`. The description of a field is its help text."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = Field("smollm2-135m-instruct-q4", description="catalogue name, folder, .gguf file or hub repository")
+    host: str = Field("127.0.0.1", description="address to listen on; the default is reachable from this machine only")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    root_path: str = Field("", description="path under which a reverse proxy publishes the server")
+
+    served_model_name: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="names that requests may use; answers carry the first. In the variable: divided by spaces"
+    )
+    chat_template: str | None = Field(None, description="file with a chat template in place of the model's own")
+    generation_config: Literal["model", "openai"] = Field(
+        "model", description="default temperature and top_p: of the model's generation_config.json, or OpenAI's (1.0)"
+    )
+
+    tier: Literal["auto", "native", "cuda", "any", "scripted"] = Field(
+        "auto", description="what computes: native (C, CPU), cuda, any (transformers); auto takes the first that can"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device to compute on")
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field("auto", description="type of weights and KV")
+    quantization: Literal["int8"] | None = Field(None, description="quantise the weights while loading")
+    max_model_len: int | None = Field(None, ge=1, description="context length; default: the model's, if memory allows")
+    max_num_seqs: int = Field(256, ge=1, le=4096, description="most sequences that share a step")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="token budget of a step; default: what takes about --target-itl"
+    )
+    target_itl: float | None = Field(
+        None, gt=0, description="aim for the time between tokens under load, ms; default 100 on CPU, 50 on GPU"
+    )
+    kv_cache_gib: float | None = Field(None, gt=0, description="memory for the KV cache, GiB; default: by free memory")
+    num_kv_blocks: int | None = Field(None, ge=1, description="KV cache size in blocks, over --kv-cache-gib")
+    block_size: int | None = Field(None, ge=1, description="tokens per KV block; default 64 on CPU, 16 on GPU")
+    enable_prefix_caching: bool = Field(True, description="share the KV of equal prompt prefixes")
+    num_threads: int | None = Field(None, ge=1, description="threads that compute; default: from the cores given to us")
+
+    unknown_fields: Literal["refuse", "report"] = Field(
+        "refuse", description="request fields that we do not know: 400, or named in the header Headwater-Ignored"
+    )
+    max_body_size: int = Field(2 * MIB, ge=1024, description="largest request body, bytes")
+    max_live_sequences: int = Field(1024, ge=1, description="admitted sequences; beyond it 429 with Retry-After")
+    max_waiting_tokens: int | None = Field(
+        None, ge=1, description="prompt tokens that may wait; beyond it 429; default 32 times the context"
+    )
+    metrics_prefix: str = Field("headwater_", description="prefix of metric names; vllm: fits existing dashboards")
+    drain_timeout: float = Field(30.0, ge=0, description="seconds that live requests get to finish on SIGTERM")
+    load_timeout: float = Field(600.0, gt=0, description="seconds an engine may take to load before it is replaced")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON lines")
+    scripted: dict[str, float | int | str] = Field({}, description="JSON settings of the scripted tier, for tests")
+
+    @field_validator("served_model_name", mode="before")
+    @classmethod
+    def _split_names(cls, value: object) -> object:
+        return tuple(value.split()) if isinstance(value, str) else value
+
+    @field_validator("metrics_prefix")
+    @classmethod
+    def _is_metric_prefix(cls, value: str) -> str:
+        if not value or not value.replace("_", "a").replace(":", "a").isalnum() or value[0].isdigit():
+            raise ValueError("takes letters, digits, '_' and ':' and does not begin with a digit")
+        return value
+
+    def to_engine_config(self, model_dir: str, eos_token_ids: tuple[int, ...]) -> EngineConfig:
+        """The part that the engine process is told."""
+        kv_cache_bytes = None if self.kv_cache_gib is None else int(self.kv_cache_gib * GIB)
+        return EngineConfig(
+            model_dir=model_dir,
+            tier=self.tier,
+            device=self.device,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            kv_cache_bytes=kv_cache_bytes,
+            num_kv_blocks=self.num_kv_blocks,
+            block_size=self.block_size,
+            enable_prefix_caching=self.enable_prefix_caching,
+            target_itl_ms=self.target_itl,
+            num_threads=self.num_threads,
+            eos_token_ids=eos_token_ids,
+            scripted=self.scripted,
+        )
+
+    def source_of(self, field: str, flags: frozenset[str]) -> Source:
+        """Where the value of `field` came from, given the names of the fields set by flags."""
+        if field in flags:
+            return Source.FLAG
+        return Source.ENVIRONMENT if ENV_PREFIX + field.upper() in os.environ else Source.DEFAULT
+
+
+def load_settings(**flags: object) -> Settings:
+    """Settings from flags and the environment. Raises ConfigurationError with one line per mistake."""
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields} | OTHER_VARIABLES
+    unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
+    if unknown:
+        raise ConfigurationError(f"unknown variable {unknown[0]}: unset it; `headwater serve --help` lists them")
+    try:
+        return Settings(**flags)  # type: ignore[arg-type]  # pydantic checks the values
+    except ValidationError as error:
+        lines = [f"{_flag(detail['loc'])}: {detail['msg']}, got {detail['input']!r}" for detail in error.errors()]
+        raise ConfigurationError("\n".join(lines)) from None
+
+
+def _flag(location: tuple[int | str, ...]) -> str:
+    return "--" + str(location[0]).removeprefix(ENV_PREFIX.lower()).replace("_", "-")

@@ -1,0 +1,77 @@
+"""Flags over variables over defaults; every mistake is one sentence that names the setting."""
+
+import pytest
+
+from app.cli import main
+from app.core.errors import ConfigurationError
+from app.settings import Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in [name for name in os.environ if name.startswith("HEADWATER_")]:
+        monkeypatch.delenv(name)
+
+
+def test_flags_win_over_variables_and_variables_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_PORT", "9001")
+    monkeypatch.setenv("HEADWATER_MAX_NUM_SEQS", "7")
+    settings = load_settings(port="9002")
+    assert (settings.port, settings.max_num_seqs, settings.host) == (9002, 7, "127.0.0.1")
+
+
+def test_names_in_a_variable_are_divided_by_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_SERVED_MODEL_NAME", "large  small")
+    assert load_settings().served_model_name == ("large", "small")
+
+
+def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_MAX_NUM_SEQ", "7")
+    with pytest.raises(ConfigurationError, match="HEADWATER_MAX_NUM_SEQ"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("port", "99999"),
+        ("port", "http"),
+        ("dtype", "fp8"),
+        ("max_num_seqs", "0"),
+        ("metrics_prefix", "9-"),
+        ("tier", ""),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_flag(flag: str, value: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')}: .*{value}"):
+        load_settings(**{flag: value})
+
+
+def test_the_engine_is_told_what_concerns_it() -> None:
+    config = load_settings(kv_cache_gib="1.5", max_model_len="512", target_itl="20").to_engine_config("/m", (2,))
+    assert (config.kv_cache_bytes, config.max_model_len, config.target_itl_ms) == (3 * 2**29, 512, 20.0)
+    assert (config.model_dir, config.eos_token_ids) == ("/m", (2,))
+
+
+def test_every_setting_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["serve", "--help"])
+    assert exit_info.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in Settings.model_fields.items():
+        assert field.description is not None
+        assert name == "model" or f"--{name.replace('_', '-')}" in text
+
+
+def test_a_mistake_ends_the_command_with_status_2_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "http"]) == 2
+    assert main(["check", "no-such-model"]) == 2
+    errors = capsys.readouterr().err
+    assert "--port" in errors and "no-such-model" in errors and "Traceback" not in errors
+
+
+def test_list_names_the_default_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    assert "smollm2-135m-instruct-q4 (Apache-2.0, the default" in capsys.readouterr().out
