@@ -23,7 +23,8 @@ COPY scripts/install_torch.py scripts/
 RUN python scripts/install_torch.py --device "${DEVICE}" --index "${TORCH_INDEX}"
 RUN pip install --no-deps --require-hashes -r requirements/torch.txt
 COPY . .
-RUN pip wheel --no-deps --no-build-isolation --wheel-dir /dist . \
+RUN { [ "$(uname -m)" != x86_64 ] || python -m app.runner.native.build; } \
+    && pip wheel --no-deps --no-build-isolation --wheel-dir /dist . \
     && pip install --no-deps /dist/headwater-*.whl
 
 FROM ${PYTHON_IMAGE} AS final

@@ -56,7 +56,10 @@ format: $(VENV)/.installed-dev
 lock: $(VENV)/.installed-dev
 	$(BIN)/python scripts/lock.py $(ARGS)
 
+# With the compiled kernels inside, for this platform. HEADWATER_PLATFORM_TAG names an older C library than this.
 wheel: $(VENV)/.installed-dev
+	test "$$(uname -m)" != x86_64 || $(BIN)/python -m app.runner.native.build
+	rm -rf build
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist .
 
 # Needs an NVIDIA device, about 10 minutes and no network; writes docs/gpu/<card>.json.
