@@ -3,21 +3,23 @@
 Where it cannot, a text of more bytes than (context × longest token) has more tokens than the context,
 and is refused without being tokenized. The answer errs towards "it may": an unknown component, a
 normaliser that composes or drops characters, a pre-tokenizer that removes its separators, an added
-token that swallows spaces, an unknown token that stands for any word.
+token that swallows spaces.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import tokenizers
 
-def may_shrink(description: Mapping[str, Any], *, covers_all_bytes: bool) -> bool:
-    """`description` is the parsed tokenizer.json."""
+from app.text.vocabulary import describe
+
+
+def may_shrink(library: tokenizers.Tokenizer) -> bool:
+    """Whether text is lost before the model's own cutting into tokens; bytes without a token are not counted."""
     return (
-        not covers_all_bytes
-        or description["model"].get("type") not in {"BPE", "Unigram"}
-        or not all(map(_normaliser_keeps, _flatten(description["normalizer"], "normalizers")))
-        or not all(map(_pre_tokenizer_keeps, _flatten(description["pre_tokenizer"], "pretokenizers")))
-        or any(token["lstrip"] or token["rstrip"] for token in description["added_tokens"])
+        not all(map(_normaliser_keeps, _flatten(describe(library.normalizer), "normalizers")))
+        or not all(map(_pre_tokenizer_keeps, _flatten(describe(library.pre_tokenizer), "pretokenizers")))
+        or any(token.lstrip or token.rstrip for token in library.get_added_tokens_decoder().values())
     )
 
 

@@ -5,7 +5,6 @@ holds the GIL; a text that is not valid Unicode never reaches the library.
 """
 
 import asyncio
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -31,10 +30,9 @@ class Tokenizer:
         self.vocab_size = len(self.vocabulary.token_bytes)
         """Every id of this tokenizer is below it; the model's own vocabulary may be padded beyond."""
         self.max_token_bytes = max(map(len, self.vocabulary.token_bytes), default=0)
-        """Most bytes of text that one token stands for. A bound on a prompt's tokens if `may_shrink_text` is false."""
-        self.may_shrink_text = may_shrink(
-            json.loads(library.to_str()), covers_all_bytes=self.vocabulary.covers_all_bytes
-        )
+        """Most bytes of text that one token stands for."""
+        self.may_shrink_text = self.vocabulary.dropped_bytes is None or may_shrink(library)
+        """Whether a text can have fewer tokens than its bytes ask for, so that only tokenizing tells."""
         self.bos_token_id = self._special_id("bos_token")
         self.eos_token_id = self._special_id("eos_token")
 
@@ -57,6 +55,14 @@ class Tokenizer:
         """`encode` for short texts outside the event loop; raises the same."""
         _refuse_surrogates((text,))
         return self._encode_batch((text,), add_special_tokens)[0]
+
+    def least_num_tokens(self, text: str) -> int:
+        """A number of tokens that `text` has at least, known without tokenizing it; 0 if `may_shrink_text`."""
+        dropped = self.vocabulary.dropped_bytes
+        if self.may_shrink_text or dropped is None:
+            return 0
+        num_bytes = len(text.encode("utf-8", "surrogatepass").translate(None, dropped))
+        return -(-num_bytes // max(self.max_token_bytes, 1))
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence; the same as a `Detokenizer` gives in pieces. Unknown ids are nothing."""

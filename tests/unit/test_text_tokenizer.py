@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import decoders, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from app.core.errors import ConfigurationError, InvalidRequest
 from app.text import Tokenizer
@@ -141,8 +142,30 @@ def test_a_token_that_swallows_spaces_shrinks_text() -> None:
     assert Tokenizer(library, special_tokens={}).may_shrink_text
 
 
-@pytest.mark.parametrize("text", ["a" * 5000, " " * 5000, "你好" * 1000, "\n" * 999, SENTENCES[2] * 30])
-@pytest.mark.parametrize("kind", [byte_level, byte_fallback])
-def test_no_text_has_fewer_tokens_than_the_bound(kind: type[Tokenizer], text: str) -> None:
-    tokenizer: Tokenizer = kind()  # type: ignore[call-arg]
-    assert len(tokenizer.encode_now(text)) * tokenizer.max_token_bytes >= len(text.encode())
+@pytest.mark.parametrize("text", ["", "a" * 5000, " " * 5000, "你好" * 1000, "\n" * 999, SENTENCES[2] * 30])
+@pytest.mark.parametrize("make", [byte_level, byte_fallback, word_piece])
+def test_no_text_has_fewer_tokens_than_the_bound(make: Callable[[], Tokenizer], text: str) -> None:
+    tokenizer = make()
+    num_tokens = len(tokenizer.encode_now(text, add_special_tokens=False))
+    assert tokenizer.least_num_tokens(text) <= num_tokens
+    if not tokenizer.may_shrink_text:
+        assert tokenizer.least_num_tokens(text) * tokenizer.max_token_bytes >= len(text.encode())
+
+
+def _with_few_bytes(*, unk_token: str | None, fuse_unk: bool) -> Tokenizer:
+    vocab = {"a": 0, "b": 1, "ab": 2, "<unk>": 3}
+    model = models.BPE(vocab=vocab, merges=[("a", "b")], unk_token=unk_token, fuse_unk=fuse_unk)
+    library = tokenizers.Tokenizer(model)
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = decoders.ByteLevel()
+    return Tokenizer(library, special_tokens={})
+
+
+@pytest.mark.parametrize(("unk_token", "fuse_unk"), [(None, False), ("<unk>", True), ("<unk>", False)])
+def test_bytes_without_a_token_do_not_count_in_the_bound(unk_token: str | None, fuse_unk: bool) -> None:
+    """A real vocabulary may lack rare bytes: a text of them alone can have no tokens at all."""
+    tokenizer = _with_few_bytes(unk_token=unk_token, fuse_unk=fuse_unk)
+    assert not tokenizer.may_shrink_text
+    for text in ("\x04" * 500, "ab" * 500 + "你" * 500, "b\x04" * 500):
+        assert tokenizer.least_num_tokens(text) <= len(tokenizer.encode_now(text))
+    assert tokenizer.least_num_tokens("ab" * 500) == 1000 // tokenizer.max_token_bytes
