@@ -4,7 +4,6 @@ from pathlib import Path
 
 import msgspec
 
-import app
 from app.core.errors import ConfigurationError
 
 
@@ -45,9 +44,9 @@ class _Catalog(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def catalog_path() -> Path:
     """Where catalog.toml lies: inside the installed package, or beside `app/` in a checkout."""
-    package = Path(app.__file__).parent
-    installed = package / "_models" / "catalog.toml"
-    return installed if installed.is_file() else package.parent / "models" / "catalog.toml"
+    here = Path(__file__).parent
+    installed = here / "models" / "catalog.toml"
+    return installed if installed.is_file() else here.parent.parent / "models" / "catalog.toml"
 
 
 def catalogue(path: Path | None = None) -> dict[str, CatalogEntry]:

@@ -1,7 +1,7 @@
 """Builds tokenizer.json from the vocabulary of a GGUF file.
 
 A token id is only right when the text is cut as it was in training, before any merge. GGUF names that
-cut (`tokenizer.ggml.pre`) instead of storing it, so `_PRE_TOKENIZERS` holds one row per known name, with
+cut (`tokenizer.ggml.pre`) instead of storing it, so `PRE_TOKENIZERS` holds one row per known name, with
 the expressions of the models themselves (those of llama.cpp are adaptations of the same). A name that is
 not in the table is refused: a guess would give fluent text from the wrong ids.
 
@@ -48,7 +48,7 @@ _DIGITS_GPT2 = PreTokenizer(splits=(r"\p{N}",), gpt2_words=True)
 _LLAMA3 = PreTokenizer(splits=(_LLAMA3_WORDS,), ignore_merges=True, adds_bos=True)
 _QWEN2 = PreTokenizer(splits=(_QWEN2_WORDS,), nfc=True)
 
-_PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "smollm": _DIGITS_GPT2,
     "starcoder": _DIGITS_GPT2,
     "refact": _DIGITS_GPT2,
@@ -59,6 +59,7 @@ _PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
 }
+"""By the value of `tokenizer.ggml.pre`. Each is checked against llama.cpp's ids in the tests."""
 
 
 def tokenizer_files(file: GgufFile, *, vocab_size: int) -> dict[str, str]:
@@ -119,15 +120,15 @@ def _pre_tokenizer(file: GgufFile) -> PreTokenizer:
             "Serve the model's safetensors folder with its tokenizer.json instead"
         )
     name = file.metadata.get("tokenizer.ggml.pre")
-    if not isinstance(name, str) or name not in _PRE_TOKENIZERS:
-        known = ", ".join(sorted(_PRE_TOKENIZERS))
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
+        known = ", ".join(sorted(PRE_TOKENIZERS))
         raise ConfigurationError(
             f"{file.path} cuts text in a way named {name!r} (tokenizer.ggml.pre), which is not known here; known are "
             f"{known}. A guess would give wrong token ids: serve the model's safetensors folder instead"
         )
     if file.metadata.get("tokenizer.ggml.add_space_prefix") is True:
         raise ConfigurationError(f"{file.path} adds a space before the text; that is not supported with {name!r}")
-    return _PRE_TOKENIZERS[name]
+    return PRE_TOKENIZERS[name]
 
 
 def _tokens(file: GgufFile, *, vocab_size: int) -> list[str]:

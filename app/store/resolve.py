@@ -167,7 +167,17 @@ def _resolve_directory(path: Path, root: Path, *, report: Report) -> ModelFolder
 def _resolve_repository(
     repository: str, revision: str | None, root: Path, *, name: str, licence: str | None, report: Report
 ) -> ModelFolder:
-    raise ConfigurationError(f"{repository} cannot be fetched: the hub is not built in yet; give a folder")
+    def make(staging: Path, downloads: Path) -> tuple[Manifest, Mapping[str, str]]:
+        from app.store.hub_source import fetch_repository
+
+        fetched = fetch_repository(repository, revision, staging, downloads, licence=licence, report=report)
+        describe_folder(staging, name=name, source=repository)  # what cannot be served does not enter the cache
+        manifest = Manifest(
+            name=name, source=f"{repository} on the hub", revision=fetched.commit, licence=fetched.licence
+        )
+        return manifest, fetched.digests
+
+    return _describe(*ensure_folder(root, repository_key(repository, revision), report=report, make=make), name=name)
 
 
 def _convert(source: Path, staging: Path, *, report: Report) -> dict[str, str]:
@@ -216,10 +226,10 @@ def _converter_epoch() -> int:
     return CONVERTER_EPOCH
 
 
-def _describe(path: Path, manifest: Manifest) -> ModelFolder:
+def _describe(path: Path, manifest: Manifest, *, name: str | None = None) -> ModelFolder:
     return describe_folder(
         path,
-        name=manifest.name,
+        name=manifest.name if name is None else name,
         source=manifest.source,
         revision=manifest.revision,
         licence=manifest.licence,
