@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from app.runner.sampling.masks import keep_only
+from app.runner.sampling.masks import NO_IDS, keep_only
 from app.runner.sampling.penalties import presence_and_frequency, repetition
 
 
@@ -54,3 +54,18 @@ class LogitChanges:
             changed = keep_only(changed, self.allowed_ids)
         changed[self.banned_ids] = -np.inf
         return changed
+
+
+NO_CHANGES = LogitChanges(
+    repeated_ids=NO_IDS,
+    repetition_penalty=1.0,
+    output_ids=NO_IDS,
+    output_counts=NO_IDS.astype(np.float32),
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    bias_ids=NO_IDS,
+    bias_values=NO_IDS.astype(np.float32),
+    allowed_ids=NO_IDS,
+    banned_ids=NO_IDS,
+)
+"""The raw logits as they are."""

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.core.types import SamplingParams
-from app.runner.sampling.errors import RowError
 from app.runner.sampling.filters import Ids, Scores, keep_ids
 from app.runner.sampling.philox import gumbel_noise, uniform
 
@@ -25,14 +24,11 @@ def is_greedy(params: SamplingParams) -> bool:
 
 
 def draw(logits: NDArray[np.float32], params: SamplingParams, position: int) -> int:
-    """A token id from logits (vocab_size,), NaN-free. Raises RowError where nothing is left to draw."""
+    """A token id from changed logits (vocab_size,), whose largest is finite."""
     best = int(logits.argmax())
-    largest = logits[best]
-    if not np.isfinite(largest):
-        raise RowError("allowed_token_ids, bad_words, logit_bias and min_tokens together leave no token to draw")
     if is_greedy(params):
         return best
-    scores = (logits - largest) / np.float32(params.temperature)
+    scores = (logits - logits[best]) / np.float32(params.temperature)
     kept = keep_ids(scores, min_p=params.min_p, top_k=params.top_k, top_p=params.top_p)
     return inverse_cdf(scores, kept, uniform(params.seed, position))
 

@@ -14,13 +14,6 @@ from app.runner.sampling.filters import largest, ordered
 LOWEST_LOGPROB = -9999.0
 
 
-def check_finite(logits: NDArray[np.float32]) -> None:
-    """Raise RowError where logits (vocab_size,) hold NaN or +inf, or nothing but -inf."""
-    largest_logit = float(logits.max())  # NaN wins in numpy's max
-    if not np.isfinite(largest_logit):
-        raise RowError(f"the model's logits are not finite (largest {largest_logit}); the sequence cannot go on")
-
-
 def log_sum_exp(logits: NDArray[np.float32]) -> float:
     """log(sum(exp(logits))) of one row, (vocab_size,): exp in float32, the sum in float64."""
     largest_logit = logits.max()
@@ -53,6 +46,7 @@ def score_prompt(
         raise ValueError(f"{len(logits)} rows of logits for {len(next_token_ids)} tokens; give one row a token")
     scored = []
     for row, token_id in zip(logits, next_token_ids, strict=True):
-        check_finite(row)
+        if not np.isfinite(row.max()):  # NaN wins in numpy's max
+            raise RowError("the model's logits are not finite; the prompt cannot be scored")
         scored.append(token_logprobs(row, token_id, num_top))
     return tuple(scored)

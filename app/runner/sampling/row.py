@@ -3,6 +3,7 @@
 Built from a `RowStart`, so preemption and hand-over need no copy of it: the same ids give the same state.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,10 +11,10 @@ from numpy.typing import NDArray
 
 from app.core.plan import RowStart
 from app.core.types import SamplingParams, TokenLogprobs
-from app.runner.sampling.changes import LogitChanges
+from app.runner.sampling.changes import NO_CHANGES, LogitChanges
 from app.runner.sampling.draw import draw
 from app.runner.sampling.errors import RowError
-from app.runner.sampling.logprobs import check_finite, token_logprobs
+from app.runner.sampling.logprobs import token_logprobs
 from app.runner.sampling.masks import NO_IDS, RowMasks
 from app.runner.sampling.penalties import TokenCounts
 
@@ -24,7 +25,7 @@ class RowSampler:
     """Draws the tokens of one row and remembers them, as far as its parameters ask.
 
     `sample_row` is all that a CPU tier calls. A tier that draws on a device reads `changes()` and
-    `params`, draws, and reports each token to `observe`.
+    `params`, draws, asks `check`, and reports each token to `observe`.
     """
 
     def __init__(self, start: RowStart, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
@@ -49,19 +50,29 @@ class RowSampler:
         `position` counts from the start of the prompt. Raises RowError: logits not finite, nothing left
         to draw, or ids outside the vocabulary in the parameters.
         """
-        if self.refusal is not None:
-            raise RowError(self.refusal)
         if logits.shape != (self._vocab_size,):
             raise ValueError(f"logits have shape {logits.shape}; give ({self._vocab_size},)")
-        check_finite(logits)
-        token_id = draw(self.changes().apply(logits), self.params, position)
+        changed = self.changes().apply(logits)
+        self.check(float(logits.max()), float(changed.max()))
+        token_id = draw(changed, self.params, position)
         self.observe(token_id)
         if self.params.num_logprobs is None:
             return token_id, None
         return token_id, token_logprobs(logits, token_id, self.params.num_logprobs)
 
+    def check(self, largest_raw: float, largest_changed: float) -> None:
+        """Raise RowError where no token can be drawn, judging by the largest raw and changed logit (NaN wins)."""
+        if self.refusal is not None:
+            raise RowError(self.refusal)
+        if not math.isfinite(largest_raw):
+            raise RowError(f"the model's logits are not finite (largest {largest_raw}); the sequence cannot go on")
+        if not math.isfinite(largest_changed):
+            raise RowError("allowed_token_ids, bad_words, logit_bias and min_tokens together leave no token to draw")
+
     def changes(self) -> LogitChanges:
         """What happens to the logits of the next token, before temperature."""
+        if self.refusal is not None:
+            return NO_CHANGES
         params = self.params
         return LogitChanges(
             repeated_ids=self._seen.ids if self._repeats else NO_IDS,

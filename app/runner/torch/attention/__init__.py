@@ -1,0 +1,1 @@
+"""Attention over paged KV, called by transformers models through their attention interface."""

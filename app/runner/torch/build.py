@@ -1,0 +1,112 @@
+"""From a configuration to a running TorchRunner: what the tiers `any` and `cuda` share."""
+
+from pathlib import Path
+
+import torch
+
+from app.core.config import EngineConfig
+from app.core.errors import ConfigurationError
+from app.runner.base import RunnerInfo
+from app.runner.memory import KVPlan, available_memory, plan_kv
+from app.runner.sampling import SAMPLER_EPOCH
+from app.runner.torch.check import check_against_transformers, measure_token_budget, probe_layers
+from app.runner.torch.digest import weights_digest
+from app.runner.torch.executor import Executor
+from app.runner.torch.families import VERIFIED, context_length
+from app.runner.torch.kv_cache import KVCache, LayerShape, bytes_per_token
+from app.runner.torch.loading import LoadedModel, eos_token_ids, load_model
+from app.runner.torch.packing import Packer
+from app.runner.torch.runner import TorchRunner
+
+KERNEL_EPOCH = 1
+"""Part of the fingerprint: raised when this code would bring other tokens from the same weights."""
+
+_BLOCK_SIZES = {"cpu": 64, "cuda": 16}
+_TARGET_ITL_MS = {"cpu": 100.0, "cuda": 50.0}
+_ROW_DEPENDENT = "rows not independent: a prefill chunk and a decode step add up in different orders"
+
+
+def build_runner(config: EngineConfig, *, tier: str, device: torch.device, reason: str) -> TorchRunner:
+    """Load, check, measure. Raises TierUnavailable or ConfigurationError, with the reason."""
+    loaded = load_model(config, device)
+    layers, vocab_size = probe_layers(loaded.model, device)
+    kv_plan = _plan_kv(config, loaded, layers)
+    executor = _executor(loaded, layers, kv_plan, vocab_size=vocab_size)
+    if loaded.config.model_type not in VERIFIED:
+        check_against_transformers(executor, loaded.model)
+    budget = config.max_num_batched_tokens
+    if budget is None:
+        target_ms = _TARGET_ITL_MS[device.type] if config.target_itl_ms is None else config.target_itl_ms
+        budget = measure_token_budget(executor, target_ms=target_ms, max_num_seqs=config.max_num_seqs)
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    info = RunnerInfo(
+        tier=tier,
+        tier_reason=f"{reason}, dtype {loaded.dtype_reason}; {_ROW_DEPENDENT}",
+        device=str(device),
+        dtype=dtype,
+        vocab_size=vocab_size,
+        max_model_len=kv_plan.max_model_len,
+        num_kv_blocks=kv_plan.num_blocks,
+        block_size=kv_plan.block_size,
+        kv_bytes=kv_plan.num_bytes,
+        weight_bytes=loaded.weight_bytes,
+        max_num_batched_tokens=budget,
+        row_independent=False,
+        fingerprint=_fingerprint(config, loaded, tier=tier, dtype=dtype),
+    )
+    return TorchRunner(executor, info=info, eos_token_ids=eos_token_ids(config))
+
+
+def _plan_kv(config: EngineConfig, loaded: LoadedModel, layers: tuple[LayerShape, ...]) -> KVPlan:
+    context = context_length(loaded.config)
+    if config.max_model_len is not None and config.max_model_len > context:
+        raise ConfigurationError(
+            f"--max-model-len {config.max_model_len} is more than the model's context of {context} tokens: lower it"
+        )
+    block_size = _BLOCK_SIZES[loaded.device.type] if config.block_size is None else config.block_size
+    return plan_kv(
+        available_bytes=_available_bytes(loaded.device),
+        bytes_per_token=bytes_per_token(layers, loaded.dtype),
+        block_size=block_size,
+        max_model_len=context if config.max_model_len is None else config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        requested_bytes=config.kv_cache_bytes,
+        requested_blocks=config.num_kv_blocks,
+        is_context_asked=config.max_model_len is not None,
+    )
+
+
+def _available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return available_memory()
+
+
+def _executor(loaded: LoadedModel, layers: tuple[LayerShape, ...], kv_plan: KVPlan, *, vocab_size: int) -> Executor:
+    kv_cache = KVCache(
+        layers,
+        num_blocks=kv_plan.num_blocks,
+        block_size=kv_plan.block_size,
+        dtype=loaded.dtype,
+        device=loaded.device,
+    )
+    packer = Packer(
+        block_size=kv_plan.block_size,
+        scratch_block=kv_cache.scratch_block,
+        device=loaded.device,
+        is_static=loaded.device.type != "cpu",
+    )
+    return Executor(loaded.model, kv_cache=kv_cache, packer=packer, vocab_size=vocab_size)
+
+
+def _fingerprint(config: EngineConfig, loaded: LoadedModel, *, tier: str, dtype: str) -> str:
+    kernels = f"{torch.backends.cpu.get_cpu_capability().lower()}-p{int(loaded.num_packed > 0)}"
+    if loaded.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(loaded.device)
+        kernels = f"sm{major}{minor}"
+    version = torch.__version__.partition("+")[0]
+    return (
+        f"{tier}-{kernels}-torch{version}-{dtype}-k{KERNEL_EPOCH}-s{SAMPLER_EPOCH}-"
+        f"{weights_digest(Path(config.model_dir))}"
+    )

@@ -1,0 +1,22 @@
+"""The tier `cuda`: the same runner as `any`, on the first NVIDIA device, with static input buffers."""
+
+import torch
+
+from app.core.config import EngineConfig
+from app.runner.base import TierUnavailable
+from app.runner.torch.build import build_runner
+from app.runner.torch.runner import TorchRunner
+
+
+def load(config: EngineConfig) -> TorchRunner:
+    """Load the model for this tier.
+
+    Raises TierUnavailable where this tier cannot serve it here, ConfigurationError where no tier can.
+    """
+    if config.device == "cpu":
+        raise TierUnavailable("the device asked for is the CPU")
+    if not torch.cuda.is_available():
+        build = "this torch has no CUDA" if torch.version.cuda is None else "no CUDA device answers"
+        raise TierUnavailable(build, remedy="a CUDA build of torch and an NVIDIA driver")
+    device = torch.device("cuda", 0)
+    return build_runner(config, tier="cuda", device=device, reason=torch.cuda.get_device_name(device))

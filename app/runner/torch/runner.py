@@ -1,0 +1,121 @@
+"""The runner protocol over an Executor: rows, their samplers, results.
+
+On a CPU the numpy sampler draws, row by row; on a device all rows are drawn there in one batch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from app.core.plan import LogitsNeed, PlanEntry, RowResult, RowStart, StepPlan, StepResult
+from app.core.types import TokenLogprobs
+from app.runner.base import Forward, RunnerInfo
+from app.runner.sampling import RowError, RowSampler, score_prompt
+from app.runner.torch.executor import Executor, StepLogits
+from app.runner.torch.sampling.batch import Drawn, DrawRequest, draw_batch
+
+_SCORE_ROWS = 64
+"""Rows of float32 logits that scoring a prompt holds at once."""
+
+
+@dataclass
+class _Row:
+    start: RowStart
+    sampler: RowSampler
+
+
+class TorchRunner:
+    """A transformers model behind `app.runner.base.ModelRunner`."""
+
+    def __init__(self, executor: Executor, *, info: RunnerInfo, eos_token_ids: tuple[int, ...]) -> None:
+        self._executor: Executor | None = executor
+        self._info = info
+        self._eos_token_ids = eos_token_ids
+        self._rows: dict[int, _Row] = {}
+
+    @property
+    def info(self) -> RunnerInfo:
+        """Fixed from load to exit."""
+        return self._info
+
+    def forward(self, plan: StepPlan) -> Forward:
+        """See `ModelRunner.forward`."""
+        if self._executor is None:
+            raise RuntimeError("the runner is closed")
+        for row in plan.released_rows:
+            self._rows.pop(row, None)
+        for entry in plan.entries:
+            if entry.start_row is not None:
+                sampler = RowSampler(entry.start_row, self._info.vocab_size, self._eos_token_ids)
+                self._rows[entry.row] = _Row(entry.start_row, sampler)
+        return self._executor.run(plan)
+
+    def sample(self, plan: StepPlan, forward: Forward) -> StepResult:
+        """See `ModelRunner.sample`."""
+        assert isinstance(forward, StepLogits)
+        drawn = self._draw(plan, forward)
+        rows = (
+            self._result(entry, forward.logits[span], drawn.get(entry.row))
+            for entry, span in zip(plan.entries, forward.spans, strict=True)
+        )
+        return StepResult(plan.step_id, tuple(rows))
+
+    def close(self) -> None:
+        """Drop the model and the KV pool."""
+        self._executor = None
+        self._rows.clear()
+
+    def _draw(self, plan: StepPlan, forward: StepLogits) -> dict[int, Drawn]:
+        """The next token of each row that the plan samples."""
+        sampled = [
+            (entry, span.stop - 1) for entry, span in zip(plan.entries, forward.spans, strict=True) if entry.sample
+        ]
+        if not sampled:
+            return {}
+        index = torch.tensor([last for _, last in sampled], device=forward.logits.device)
+        logits = forward.logits.index_select(0, index).float()  # (num_sampled, vocab_size)
+        requests = [
+            DrawRequest(self._rows[entry.row].sampler, entry.start + len(entry.token_ids)) for entry, _ in sampled
+        ]
+        drawn = (
+            _draw_in_numpy(logits.numpy(), requests) if logits.device.type == "cpu" else draw_batch(logits, requests)
+        )
+        return {entry.row: one for (entry, _), one in zip(sampled, drawn, strict=True)}
+
+    def _result(self, entry: PlanEntry, logits: torch.Tensor, drawn: Drawn | None) -> RowResult:
+        if drawn is not None and drawn.error is not None:
+            return RowResult(entry.row, error=drawn.error)
+        try:
+            prompt_logprobs = self._score(entry, logits)
+        except RowError as error:
+            return RowResult(entry.row, error=str(error))
+        if drawn is None:
+            return RowResult(entry.row, prompt_logprobs=prompt_logprobs)
+        logprobs = () if drawn.logprobs is None else (drawn.logprobs,)
+        return RowResult(entry.row, (drawn.token_id,), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+
+    def _score(self, entry: PlanEntry, logits: torch.Tensor) -> tuple[TokenLogprobs, ...]:
+        """Prompt logprobs of the positions after the entry's first, as far as they are in the prompt."""
+        start = self._rows[entry.row].start
+        num_top = start.params.num_prompt_logprobs
+        if entry.logits is not LogitsNeed.ALL or num_top is None:
+            return ()
+        next_ids = start.prompt_token_ids[entry.start + 1 : entry.start + len(entry.token_ids) + 1]
+        scored: list[TokenLogprobs] = []
+        for first in range(0, len(next_ids), _SCORE_ROWS):
+            ids = next_ids[first : first + _SCORE_ROWS]
+            scored.extend(score_prompt(logits[first : first + len(ids)].float().cpu().numpy(), ids, num_top))
+        return tuple(scored)
+
+
+def _draw_in_numpy(logits: NDArray[np.float32], requests: list[DrawRequest]) -> list[Drawn]:
+    """Row by row, by the definition. `logits` is (num_rows, vocab_size)."""
+    drawn = []
+    for row, request in zip(logits, requests, strict=True):
+        try:
+            drawn.append(Drawn(*request.sampler.sample_row(row, request.position)))
+        except RowError as error:
+            drawn.append(Drawn(error=str(error)))
+    return drawn
