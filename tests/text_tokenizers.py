@@ -7,6 +7,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from app.text import Tokenizer
+from tests.store_models import default_model_folder
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog, 123 times.",
@@ -75,6 +76,12 @@ def metaspace() -> Tokenizer:
     library.decoder = decoders.Metaspace()
     library.add_special_tokens(["</s>"])
     return Tokenizer(library, special_tokens={"eos_token": "</s>"})
+
+
+@cache
+def default_model() -> Tokenizer:
+    """The tokenizer that is served by default; skips the test where the model cannot be had."""
+    return Tokenizer.load(default_model_folder().path)
 
 
 def listed(decoder: Any) -> Tokenizer:

@@ -1,8 +1,8 @@
 """Owns the rendering of messages into a prompt, as transformers renders them.
 
 The template comes from the model folder or from the operator, never from a request. It runs in jinja's
-immutable sandbox, sees plain JSON values only, and is cut off at a size and at a time, so neither a
-template nor a message can hold the event loop for long.
+immutable sandbox, sees plain JSON values only, and is cut off at a size and at a time. Both are looked at
+after each piece of output: a template that loops without output is the operator's to avoid.
 """
 
 import json

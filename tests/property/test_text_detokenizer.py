@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app.text import Detokenizer, Tokenizer
 from app.text.vocabulary import DecoderKind
-from tests.text_tokenizers import SENTENCES, byte_fallback, byte_level, metaspace, word_piece
+from tests.text_tokenizers import SENTENCES, byte_fallback, byte_level, default_model, metaspace, word_piece
 
 HARD_TEXTS = (
     *SENTENCES,
@@ -33,7 +33,7 @@ def _library(tokenizer: Tokenizer, ids: list[int], *, skip: bool) -> str:
     return tokenizer.decode_by_library(ids, skip_special_tokens=skip)
 
 
-@pytest.mark.parametrize("make", [byte_level, byte_fallback, word_piece, metaspace])
+@pytest.mark.parametrize("make", [byte_level, byte_fallback, word_piece, metaspace, default_model])
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_encoded_text(make: Make, data: st.DataObject, skip: bool) -> None:
@@ -47,7 +47,7 @@ def test_encoded_text(make: Make, data: st.DataObject, skip: bool) -> None:
     assert _joined(tokenizer, ids, list(range(len(ids))), skip=skip) == joined
 
 
-@pytest.mark.parametrize("make", [byte_level, word_piece, metaspace])
+@pytest.mark.parametrize("make", [byte_level, word_piece, metaspace, default_model])
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_random_ids(make: Make, data: st.DataObject, skip: bool) -> None:

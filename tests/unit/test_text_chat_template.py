@@ -12,6 +12,7 @@ from tokenizers import models
 
 from app.core.errors import ConfigurationError, InvalidRequest
 from app.text import ChatTemplate
+from tests.store_models import default_model_folder
 
 transformers = pytest.importorskip("transformers")
 
@@ -188,6 +189,16 @@ def test_equal_to_transformers(name: str) -> None:
             assert str(error) in str(refusal.value)
         else:
             assert template.render(messages, **options) == expected  # type: ignore[arg-type]
+
+
+def test_the_default_models_own_template() -> None:
+    folder = default_model_folder()
+    template = ChatTemplate.load(folder.path)
+    assert template is not None
+    source = (folder.path / "chat_template.jinja").read_text()
+    for messages in CONVERSATIONS.values():
+        rendered = template.render(messages, add_generation_prompt=True)
+        assert rendered == _reference(source, messages, add_generation_prompt=True)
 
 
 def test_what_is_rendered_is_worth_comparing() -> None:

@@ -13,7 +13,16 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from app.core.errors import ConfigurationError, InvalidRequest
 from app.text import Tokenizer
 from app.text.vocabulary import DecoderKind, byte_alphabet
-from tests.text_tokenizers import SENTENCES, byte_fallback, byte_level, id_of, listed, metaspace, word_piece
+from tests.text_tokenizers import (
+    SENTENCES,
+    byte_fallback,
+    byte_level,
+    default_model,
+    id_of,
+    listed,
+    metaspace,
+    word_piece,
+)
 
 
 def test_importing_text_loads_no_torch_and_no_transformers() -> None:
@@ -143,7 +152,7 @@ def test_a_token_that_swallows_spaces_shrinks_text() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a" * 5000, " " * 5000, "你好" * 1000, "\n" * 999, SENTENCES[2] * 30])
-@pytest.mark.parametrize("make", [byte_level, byte_fallback, word_piece])
+@pytest.mark.parametrize("make", [byte_level, byte_fallback, word_piece, default_model])
 def test_no_text_has_fewer_tokens_than_the_bound(make: Callable[[], Tokenizer], text: str) -> None:
     tokenizer = make()
     num_tokens = len(tokenizer.encode_now(text, add_special_tokens=False))
