@@ -23,7 +23,7 @@ COPY scripts/install_torch.py scripts/
 RUN python scripts/install_torch.py --device "${DEVICE}" --index "${TORCH_INDEX}"
 RUN pip install --no-deps --require-hashes -r requirements/torch.txt
 COPY . .
-RUN { [ "$(uname -m)" != x86_64 ] || python -m app.runner.native.build; } \
+RUN { [ "$(uname -m)" != x86_64 ] || python -c 'from app.runner.native import build; build.main()'; } \
     && pip wheel --no-deps --no-build-isolation --wheel-dir /dist . \
     && pip install --no-deps /dist/headwater-*.whl
 

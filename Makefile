@@ -15,7 +15,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # --no-deps: the locks are complete, and nothing that they name may bring torch in again.
 LOCKED := $(PIP) install --quiet --no-deps --require-hashes --requirement
-EDITABLE := $(PIP) install --quiet --no-deps --no-build-isolation --editable .
+# setuptools warns at length about what an editable install is.
+EDITABLE := PYTHONWARNINGS=ignore $(PIP) install --quiet --no-deps --no-build-isolation --editable .
 # Tests never ask a model hub.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
@@ -58,7 +59,7 @@ lock: $(VENV)/.installed-dev
 
 # With the compiled kernels inside, for this platform. HEADWATER_PLATFORM_TAG names an older C library than this.
 wheel: $(VENV)/.installed-dev
-	test "$$(uname -m)" != x86_64 || $(BIN)/python -m app.runner.native.build
+	test "$$(uname -m)" != x86_64 || $(BIN)/python -c 'from app.runner.native import build; build.main()'
 	rm -rf build
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist .
 
