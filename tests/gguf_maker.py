@@ -75,3 +75,54 @@ def tokenizer_fields(vocabulary: dict[str, list[str]], *, pre: str) -> dict[str,
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
+
+
+def small_model_fields(model_type: str, *, vocab_size: int, **changes: object) -> dict[str, object]:
+    """Metadata of a decoder of two layers: hidden size 64, 4 heads of 16, 2 key and value heads."""
+    fields: dict[str, object] = {
+        "general.architecture": model_type,
+        "general.alignment": 32,
+        f"{model_type}.block_count": 2,
+        f"{model_type}.context_length": 256,
+        f"{model_type}.embedding_length": 64,
+        f"{model_type}.feed_forward_length": 96,
+        f"{model_type}.attention.head_count": 4,
+        f"{model_type}.attention.head_count_kv": 2,
+        f"{model_type}.attention.layer_norm_rms_epsilon": 1e-5,
+        f"{model_type}.rope.freq_base": 10000.0,
+        f"{model_type}.vocab_size": vocab_size,
+    }
+    fields.update({f"{model_type}.{name}": value for name, value in changes.items()})
+    return fields
+
+
+def small_model_tensors(
+    *, vocab_size: int, seed: int = 0, tied: bool = True, qkv_bias: bool = False, qk_norm: bool = False
+) -> dict[str, Tensor]:
+    """Random tensors for `small_model_fields`; matrices as Q8_0, the rest as F32."""
+    random = np.random.default_rng(seed)
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (vocab_size, 64), "output_norm.weight": (64,)}
+    for layer in range(2):
+        block = f"blk.{layer}"
+        shapes |= {f"{block}.attn_norm.weight": (64,), f"{block}.ffn_norm.weight": (64,)}
+        shapes |= {f"{block}.attn_q.weight": (64, 64), f"{block}.attn_output.weight": (64, 64)}
+        shapes |= {f"{block}.attn_k.weight": (32, 64), f"{block}.attn_v.weight": (32, 64)}
+        shapes |= {f"{block}.ffn_gate.weight": (96, 64), f"{block}.ffn_up.weight": (96, 64)}
+        shapes |= {f"{block}.ffn_down.weight": (64, 96)}
+        if qkv_bias:
+            shapes |= {f"{block}.attn_q.bias": (64,), f"{block}.attn_k.bias": (32,), f"{block}.attn_v.bias": (32,)}
+        if qk_norm:
+            shapes |= {f"{block}.attn_q_norm.weight": (16,), f"{block}.attn_k_norm.weight": (16,)}
+    if not tied:
+        shapes["output.weight"] = (vocab_size, 64)
+    return {name: _random_tensor(random, shape) for name, shape in shapes.items()}
+
+
+def _random_tensor(random: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    values = random.standard_normal(shape, dtype=np.float32)
+    if len(shape) == 1:
+        return float_tensor(values)
+    return shape, "Q8_0", quantize(values, GGMLQuantizationType.Q8_0).tobytes()

@@ -102,7 +102,7 @@ def test_a_wrong_hash_is_refused_and_nothing_is_kept(hub: FakeHub, tmp_path: Pat
     hub.announced_sha256[WEIGHTS] = "0" * 64
     with pytest.raises(ConfigurationError, match=r"model\.safetensors.*damaged.*deleted"):
         fetch()
-    assert not [path for path in (tmp_path / "cache").rglob("*safetensors*")]
+    assert not list((tmp_path / "cache").rglob("*safetensors*"))
     del hub.announced_sha256[WEIGHTS]
     assert fetch().num_bytes == len(hub.files[WEIGHTS])
 
