@@ -17,10 +17,14 @@ from scripts import install_torch
 
 ROOT = Path(__file__).parents[2]
 
-# Stands in for pip in the environment under test: writes down its arguments. A dry run answers with PIP_REPORT.
+# Stands in for pip in the environment under test: writes down its arguments. A dry run answers with PIP_REPORT;
+# without an index it says whether the release that is there would be kept.
 PIP = """
 import json, os, sys
 arguments = sys.argv[1:]
+if "--no-index" in arguments:
+    import importlib.metadata
+    sys.exit(importlib.metadata.version("torch") == "2.10.0")
 if "--dry-run" in arguments:
     if "--report" not in arguments or not os.environ.get("PIP_REPORT"):
         sys.exit(1)
@@ -81,6 +85,12 @@ class Machine:
         tool = self.folder / "nvidia-smi"
         tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-0)'\n", encoding="utf-8")
         tool.chmod(0o755)
+
+    def add_torch(self, version: str) -> None:
+        metadata = self.folder / "site" / f"torch-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n", encoding="utf-8")
+        self.environment["PYTHONPATH"] = str(self.folder / "site")
 
     def install(self, *arguments: str) -> tuple[list[list[str]], str]:
         """Run the script. Returns what pip was asked to install and what the user read."""
@@ -163,10 +173,17 @@ def test_an_index_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch
         assert not install_torch.answers_in_time(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
-def test_nothing_is_installed_over_a_release_in_range() -> None:
-    script = ROOT / "scripts" / "install_torch.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True)
-    assert "is installed already" in done.stdout
+def test_nothing_is_installed_over_a_release_in_range(machine: Machine) -> None:
+    machine.add_torch("2.12.0")
+    calls, said = machine.install()
+    assert calls == []
+    assert "torch 2.12.0 is installed already" in said
+
+
+def test_a_release_out_of_range_is_replaced(machine: Machine) -> None:
+    machine.add_torch("2.10.0")
+    calls, _ = machine.install()
+    assert calls == [["install", REQUIREMENT]]
 
 
 def report(index: str) -> str:
