@@ -61,6 +61,8 @@ class Reference:
     outputs: list[list[int]]
     margins: list[list[float]]
     """Distance of the two best logits at each output token."""
+    prompt_logprobs: list[float]
+    """Of the last prompt's tokens after the first."""
 
 
 def make_reference(family: str, folder: Path) -> Reference:
@@ -81,7 +83,10 @@ def make_reference(family: str, folder: Path) -> Reference:
         outputs.append(generated.sequences[0, len(prompt) :].tolist())
         best = torch.cat(generated.logits).topk(2).values
         margins.append((best[:, 0] - best[:, 1]).tolist())
-    return Reference(folder, prompts, outputs, margins)
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([prompts[-1]])).logits[0].log_softmax(-1)
+    scored = [logprobs[at, token_id].item() for at, token_id in enumerate(prompts[-1][1:])]
+    return Reference(folder, prompts, outputs, margins, scored)
 
 
 def make_model(family: str, folder: Path) -> Any:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.numerics.driver import Driver, assert_same, greedy
-from tests.numerics.families import CONFIGS, NUM_TOKENS, Reference, make_reference
 
 from app.core.config import EngineConfig
+from app.core.types import SamplingParams
 from app.runner.torch.any_tier import load
+from tests.numerics.driver import Driver, assert_same, greedy
+from tests.numerics.families import CONFIGS, NUM_TOKENS, Reference, make_reference
 
 BLOCK_SIZE = 8
 
@@ -50,3 +51,13 @@ def test_greedy_tokens_equal_transformers(reference: Reference) -> None:
     tight = Driver(runner, budget=16, num_kv_blocks=longest + 1)
     check(tight.run(prompts, greedy(NUM_TOKENS)), "with preemption")
     assert tight.scheduler.counts().total_preemptions > 0
+
+
+@pytest.mark.parametrize("budget", [3, 64])
+def test_prompt_logprobs_equal_transformers(reference: Reference, budget: int) -> None:
+    """Sharper than tokens: every logit takes part in these."""
+    runner = load(config(reference.folder))
+    params = SamplingParams(seed=0, max_tokens=0, num_prompt_logprobs=2)
+    outputs = Driver(runner, budget=budget).run_outputs([reference.prompts[-1]], [params])[0]
+    got = [one.logprob for output in outputs for one in output.prompt_logprobs]
+    assert got == pytest.approx(reference.prompt_logprobs, abs=1e-4)
