@@ -7,7 +7,7 @@ admission, is counted in the metrics with one finish reason, and is aborted in t
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import cast
 
 import msgspec
@@ -208,9 +208,9 @@ class CompletionAnswer:
             if not events.is_started:
                 raise
             self._record.error_code = kind_of(error).code
-            await events.end(_event(error_body(error)) + DONE)
             for live in self._live:
                 live.close(FinishReason.ERROR)
+            await events.end(_event(error_body(error)) + DONE)
             if not is_expected(error):
                 raise
         finally:
@@ -264,14 +264,18 @@ class CompletionRun(Response):
         """Serve the request. Errors before the first byte are raised, later ones become an event."""
         context, record = self._context, RequestRecord.of(scope)
         context.ready_limits()
-        with context.admission.enter(check_headers(scope, context.limits)):
+        with ExitStack() as parsing:
+            parsing.enter_context(context.admission.enter(check_headers(scope, context.limits)))
             try:
                 body = await read_body(receive, context.limits)
             except ClientDisconnected:
                 return
-            await run_until_disconnect(receive, self._serve(body, record, send))
+            serving = self._serve(body, record, send, parsing=parsing)
+            del body  # a long answer must not hold it
+            await run_until_disconnect(receive, serving)
 
-    async def _serve(self, body: bytes, record: RequestRecord, send: Send) -> None:
+    async def _serve(self, body: bytes, record: RequestRecord, send: Send, *, parsing: ExitStack) -> None:
+        """Turn the body into an answer and send it. `parsing` is closed once the body is no longer held."""
         context = self._context
         limits = context.ready_limits()
         fields = decode_keys(body)
@@ -281,6 +285,8 @@ class CompletionRun(Response):
         check_completion(request)
         prepared = await prepare_completion(request, context, limits=limits)
         answer = CompletionAnswer(prepared, context, limits=limits, record=record, model=model, ignored=ignored)
+        del body, fields
+        parsing.close()
         await answer.send(send)
 
 

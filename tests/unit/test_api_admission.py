@@ -1,0 +1,90 @@
+"""Admission: what is in flight is counted exactly, and refusals say when to come back."""
+
+import pytest
+
+from app.api.admission import Admission, AdmissionLimits
+from app.core.errors import InvalidRequest, TooManyRequests
+from app.observability.metrics import Metrics
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make(clock: Clock | None = None, **limits: int) -> Admission:
+    metrics = Metrics(model_name="m")
+    return Admission(AdmissionLimits(**limits), metrics=metrics, clock=Clock() if clock is None else clock)
+
+
+def test_places_are_given_back_once() -> None:
+    admission = make(max_live_sequences=2)
+    first, second = admission.admit([5, 7], max_model_len=100)
+    assert (admission.num_live_sequences, admission.num_waiting_tokens) == (2, 12)
+    first.stop_waiting()
+    first.stop_waiting()
+    assert admission.num_waiting_tokens == 7
+    for _ in range(2):
+        first.leave()
+        second.leave()
+    assert (admission.num_live_sequences, admission.num_waiting_tokens) == (0, 0)
+
+
+def test_the_door_is_shut_before_the_body_is_read_while_the_server_is_full() -> None:
+    admission = make(max_live_sequences=1)
+    (place,) = admission.admit([1], max_model_len=100)
+    with pytest.raises(TooManyRequests), admission.enter(10):
+        pass
+    place.leave()
+    with admission.enter(10):
+        assert admission.num_parsing_bytes == 10
+    assert admission.num_parsing_bytes == 0
+
+
+def test_bodies_together_are_bounded_but_one_is_always_read() -> None:
+    admission = make(max_parsing_bytes=10)
+    with admission.enter(50), pytest.raises(TooManyRequests), admission.enter(1):
+        pass
+    assert admission.num_parsing_bytes == 0
+
+
+def test_waiting_tokens_are_bounded_by_the_context_where_nothing_else_is_said() -> None:
+    admission = make()
+    admission.admit([1], max_model_len=10)
+    admission.admit([319], max_model_len=10)
+    with pytest.raises(TooManyRequests):
+        admission.admit([1], max_model_len=10)
+
+
+def test_more_than_could_ever_be_live_is_a_bad_request() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        make(max_live_sequences=2).admit([1, 1, 1], max_model_len=10)
+    assert refused.value.param == "n"
+
+
+def test_retry_after_comes_from_the_drain_rate() -> None:
+    clock = Clock()
+    admission = make(clock, max_live_sequences=100)
+    with pytest.raises(TooManyRequests) as unknown:
+        admission.admit([1] * 100, max_model_len=10)
+        admission.admit([1], max_model_len=10)
+    assert unknown.value.retry_after == 5
+
+    admission = make(clock, max_live_sequences=100)
+    places = admission.admit([1] * 100, max_model_len=10)
+    for place in places[:50]:  # 50 over ten seconds: about 5 a second
+        clock.now += 0.2
+        place.leave()
+    places += admission.admit([1] * 50, max_model_len=10)
+    with pytest.raises(TooManyRequests) as soon:
+        admission.admit([1], max_model_len=10)
+    with pytest.raises(TooManyRequests) as later:
+        admission.admit([1] * 40, max_model_len=10)
+    assert soon.value.retry_after == 1 and 8 <= later.value.retry_after <= 20
+    clock.now += 1000
+    with pytest.raises(TooManyRequests) as stalled:
+        admission.admit([1] * 40, max_model_len=10)
+    assert stalled.value.retry_after == 30
