@@ -1,0 +1,340 @@
+"""One local engine behind the `EngineClient` protocol: journal, demultiplexing, restart and hand-over.
+
+The engine may die at any moment: its live sequences go to the next one as prompt and received tokens, and
+their consumers only see a pause. What they must never see is a token twice, or one missing.
+
+While an engine is being replaced new sequences are refused, so that readiness tells the truth; those
+admitted before go on.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+
+import msgspec
+
+from app.client.engine_client import EngineState, EngineStatus
+from app.client.handover import HandOver, blame
+from app.client.journal import Journal, LiveSequence
+from app.client.process import EngineLaunch, EngineProcess
+from app.client.restart import RestartBudget
+from app.client.settings import Supervision
+from app.client.supervisor import EngineDeath, EngineLife
+from app.core.config import EngineConfig
+from app.core.errors import ConfigurationError, EngineUnavailable
+from app.core.types import EngineLimits, EngineOutput, EngineRequest, FinishReason, StepStats
+from app.ipc.messages import Abort, Add, Ready, StepOutputs
+
+logger = logging.getLogger("headwater.client")
+
+UNKNOWN_LOAD_SECONDS = 4.0
+"""What a load is taken to last before the first one was seen."""
+MAX_TOKENS_PER_ADD = 1_000_000
+"""Token ids in one Add message, so that handing over many long sequences stays under the frame limit."""
+
+StepObserver = Callable[[int, StepStats], None]
+"""Takes the generation and the figures of each step, in order, on the event loop's thread."""
+
+
+class LocalEngineClient:
+    """Supervises one engine process at a time. All methods belong to the event loop's thread."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        first: EngineProcess | None = None,
+        launch: EngineLaunch | None = None,
+        load_timeout: float | None = None,
+        supervision: Supervision | None = None,
+        on_step: StepObserver | None = None,
+    ) -> None:
+        """`first` is an engine of generation 1 that was spawned already, with the same config.
+
+        `load_timeout` is `Supervision.load_seconds`, the one of these limits that operators set.
+        """
+        supervision = Supervision() if supervision is None else supervision
+        if load_timeout is not None:
+            supervision = msgspec.structs.replace(supervision, load_seconds=load_timeout)
+        self._config = config
+        self._first = first
+        self._launch = launch
+        self._supervision = supervision
+        self._on_step = on_step
+        self._journal = Journal()
+        self._hand_over = HandOver()
+        self._budget = RestartBudget(supervision)
+        self._state = EngineState.STARTING
+        self._detail = "the first engine is loading"
+        self._generation = 0
+        self._life: EngineLife | None = None
+        """The engine that takes messages; None while there is none."""
+        self._limits: EngineLimits | None = None
+        self._last_step: StepStats | None = None
+        self._is_draining = False
+        self._mistake: ConfigurationError | None = None
+        self._settled = asyncio.Event()
+        self._failed = asyncio.Event()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._supervising: asyncio.Task[None] | None = None
+
+    @property
+    def status(self) -> EngineStatus:
+        """Where things stand now."""
+        state = self._state
+        if self._is_draining and state is not EngineState.FAILED:
+            state = EngineState.DRAINING
+        return EngineStatus(state, self._generation, self._detail, self._last_step, len(self._journal))
+
+    @property
+    def limits(self) -> EngineLimits | None:
+        """Of the engine that was ready last; None before the first one was."""
+        return self._limits
+
+    @property
+    def engine_pid(self) -> int | None:
+        """The process to look at, or to kill; None while there is none."""
+        return None if self._life is None else self._life.pid
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        """See `EngineClient.generate`. The sequence is admitted by the first `anext`.
+
+        A failure of the sequence inside the engine is an output with the finish reason `error`;
+        EngineFailed is raised where engines could not be kept alive, or died by this sequence.
+        Raises ValueError where a live sequence has the same id.
+        """
+        sequence = self._admit(request)
+        try:
+            while True:
+                output = await sequence.next_output()
+                yield output
+                if output.finish_reason is not None:
+                    return
+        finally:
+            self._let_go(sequence)
+
+    async def start(self) -> None:
+        """Begin to supervise; returns at once. Raises RuntimeError the second time."""
+        if self._supervising is not None:
+            raise RuntimeError("this client was started already")
+        self._supervising = asyncio.create_task(self._supervise(), name="supervise-engine")
+
+    async def wait_ready(self, timeout: float) -> EngineLimits:
+        """Wait for the first engine. Raises ConfigurationError or EngineUnavailable."""
+        try:
+            await asyncio.wait_for(self._settled.wait(), timeout)
+        except TimeoutError:
+            raise EngineUnavailable(f"the engine was not ready after {timeout:g} s: {self._detail}") from None
+        if self._mistake is not None:
+            raise self._mistake
+        if self._limits is None or self._state is EngineState.FAILED:
+            raise EngineUnavailable(f"no engine can be kept alive: {self._detail}")
+        return self._limits
+
+    async def wait_failed(self) -> None:
+        """Wait until no engine will be started any more (state FAILED); `status.detail` says why."""
+        await self._failed.wait()
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new sequences and wait until the live ones have finished or `timeout` seconds passed."""
+        self._is_draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._empty.wait(), timeout)
+
+    async def stop(self) -> None:
+        """End the engine and every sequence still live (finish reason abort). Harmless the second time."""
+        self._is_draining = True
+        if self._supervising is not None:
+            self._supervising.cancel()
+            await asyncio.wait({self._supervising})
+        if self._first is not None:  # spawned, never taken over
+            await EngineLife(self._first, supervision=self._supervision).end()
+            self._first = None
+        for sequence in self._journal.pop_all():
+            sequence.end(FinishReason.ABORT)
+        self._empty.set()
+        self._detail = "stopped"
+        self._settled.set()
+
+    # Sequences
+
+    def _admit(self, request: EngineRequest) -> LiveSequence:
+        if self._life is None or self._state is not EngineState.READY or self._is_draining:
+            raise self._refusal()
+        sequence = self._journal.admit(request)
+        self._empty.clear()
+        self._life.has_live = True
+        self._life.send(Add((request,)))
+        return sequence
+
+    def _refusal(self) -> EngineUnavailable:
+        status = self.status
+        retry_after = None
+        if status.state in (EngineState.STARTING, EngineState.RESTARTING):
+            load_seconds = UNKNOWN_LOAD_SECONDS if self._limits is None else self._limits.load_seconds
+            retry_after = 1 + math.ceil(load_seconds)
+        return EngineUnavailable(f"the engine is {status.state}: {status.detail}", retry_after=retry_after)
+
+    def _let_go(self, sequence: LiveSequence) -> None:
+        """The consumer is done: abort what is not finished, wherever it is."""
+        if not self._journal.remove(sequence):
+            return
+        if self._life is not None:
+            self._life.send(Abort((sequence.request.request_id,)))
+        self._note_departures()
+
+    def _note_departures(self) -> None:
+        """Sequences may have left the journal."""
+        if not self._hand_over.is_complete and self._state is EngineState.READY:
+            self._send_all(self._hand_over.release())
+        self._note_live()
+
+    def _note_live(self) -> None:
+        is_empty = not len(self._journal)
+        if is_empty:
+            self._empty.set()
+        if self._life is not None:
+            self._life.has_live = not is_empty
+
+    def _send_all(self, sequences: Iterable[LiveSequence]) -> None:
+        if self._life is not None:
+            for requests in _in_parts(sequence.hand_over() for sequence in sequences):
+                self._life.send(Add(requests))
+
+    # Engines
+
+    async def _supervise(self) -> None:
+        try:
+            delay: float | None = 0.0
+            while delay is not None:
+                await asyncio.sleep(delay)
+                delay = await self._run_engine()
+        except Exception as error:
+            logger.exception("the supervisor failed")
+            self._give_up(f"the supervisor failed: {type(error).__name__}: {error}")
+
+    async def _run_engine(self) -> float | None:
+        """From start to death; returns the seconds to wait before the next one, None for no next one."""
+        self._generation += 1
+        try:
+            process = self._first or EngineProcess.spawn(self._generation, self._config, launch=self._launch)
+        except OSError as error:
+            return self._after_death(EngineDeath(f"the engine did not start: {error}"), ready_seconds=0.0, counts=True)
+        self._first = None
+        life = EngineLife(process, supervision=self._supervision)
+        try:
+            await life.begin()
+            self._life = life
+            while True:
+                self._handle(await life.receive())
+        except EngineDeath as death:
+            ready_seconds = life.ready_seconds
+            self._life = None
+            self._mark_dead(death)
+            await life.end()
+            counts = not self._blame(life)
+            return self._after_death(death, ready_seconds=ready_seconds, counts=counts)
+        finally:
+            self._life = None
+            await life.end()
+
+    def _handle(self, message: Ready | StepOutputs) -> None:
+        if isinstance(message, Ready):
+            self._begin_serving(message)
+            return
+        self._last_step = message.stats
+        has_tokens = has_ended = False
+        for output in message.outputs:
+            sequence = self._journal.receive(output)
+            has_tokens = has_tokens or bool(output.token_ids)
+            has_ended = has_ended or (sequence is not None and sequence.is_finished)
+        if has_tokens:
+            self._budget.forgive()
+        if has_ended or not self._hand_over.is_complete:
+            self._note_departures()
+        if self._on_step is not None:
+            self._on_step(message.generation, message.stats)
+
+    def _begin_serving(self, ready: Ready) -> None:
+        if self._limits is not None and ready.limits.fingerprint != self._limits.fingerprint:
+            self._fail_all("the model changed while its engine was replaced, so this answer cannot go on")
+        self._limits = ready.limits
+        self._state = EngineState.READY
+        self._detail = f"generation {ready.generation} is ready"
+        self._send_all(self._hand_over.begin(self._journal))
+        self._note_live()
+        logger.info(
+            "engine ready",
+            extra={
+                "facts": {
+                    "generation": ready.generation,
+                    "tier": ready.limits.tier,
+                    "load_seconds": ready.limits.load_seconds,
+                    "handed_over": len(self._journal),
+                }
+            },
+        )
+        self._settled.set()
+
+    def _mark_dead(self, death: EngineDeath) -> None:
+        """New sequences are refused from now on."""
+        self._state = EngineState.STARTING if self._limits is None else EngineState.RESTARTING
+        self._detail = death.reason
+        self._last_step = None
+        logger.error(
+            "engine died",
+            extra={
+                "facts": {"generation": self._generation, "reason": death.reason, "live": len(self._journal)},
+            },
+        )
+
+    def _blame(self, life: EngineLife) -> bool:
+        """End those who were suspected too often; True where one suspect explains the death."""
+        max_strikes = self._supervision.max_strikes
+        verdict = blame(self._journal, life.keys_at_death, max_strikes=max_strikes)
+        for sequence in verdict.convicted:
+            sequence.fail(f"{max_strikes} engines in a row died while they computed this request, so it was ended")
+            self._journal.remove(sequence)
+        self._note_live()
+        return verdict.explains_death
+
+    def _after_death(self, death: EngineDeath, *, ready_seconds: float, counts: bool) -> float | None:
+        if death.is_configuration and self._limits is None:
+            self._mistake = ConfigurationError(death.reason)
+            self._give_up(death.reason)
+            return None
+        delay = self._budget.next_delay(ready_seconds=ready_seconds, counts=counts)
+        if delay is None:
+            self._give_up(f"{self._supervision.max_deaths} engines died without a token; the last: {death.reason}")
+        return delay
+
+    def _give_up(self, reason: str) -> None:
+        self._state = EngineState.FAILED
+        self._detail = reason
+        self._fail_all(f"the engine failed and cannot be replaced: {reason}")
+        logger.error("no engine will be started any more", extra={"facts": {"reason": reason}})
+        self._settled.set()
+        self._failed.set()
+
+    def _fail_all(self, message: str) -> None:
+        for sequence in self._journal.pop_all():
+            sequence.fail(message)
+        self._empty.set()
+
+
+def _in_parts(requests: Iterable[EngineRequest]) -> Iterator[tuple[EngineRequest, ...]]:
+    """Requests in groups of at most MAX_TOKENS_PER_ADD token ids, or of one."""
+    part: list[EngineRequest] = []
+    num_tokens = 0
+    for request in requests:
+        length = len(request.prompt_token_ids) + len(request.output_token_ids)
+        if part and num_tokens + length > MAX_TOKENS_PER_ADD:
+            yield tuple(part)
+            part, num_tokens = [], 0
+        part.append(request)
+        num_tokens += length
+    if part:
+        yield tuple(part)

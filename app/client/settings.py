@@ -1,0 +1,25 @@
+"""How patient the client is with engines. Defaults for people; tests are less patient."""
+
+import msgspec
+
+
+class Supervision(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of one supervised engine. Times are seconds."""
+
+    hang_seconds: float = 10.0
+    """A step that takes longer is a hang, unless steps of late were slow too (`hang_factor`)."""
+    hang_factor: float = 20.0
+    """Times the median of the last steps; the larger of the two limits counts."""
+    load_seconds: float = 600.0
+    """From the start of an engine to its Ready."""
+    max_deaths: int = 5
+    """So many deaths within the window, with no token received between them, and no engine is started any more."""
+    window_seconds: float = 60.0
+    """The window's clock runs while an engine is ready, so that slow loads do not hide a crash loop."""
+    backoff_seconds: float = 0.5
+    """Wait before the second restart in a row without a token; doubles from there. The first is at once."""
+    max_backoff_seconds: float = 8.0
+    max_strikes: int = 3
+    """Deaths that one sequence may be suspected of in a row."""
+    tick_seconds: float = 0.5
+    """How often the progress page is looked at."""

@@ -1,0 +1,162 @@
+"""One engine from its start to its death: receives its messages, checks them, watches its progress.
+
+Invariant: after `end`, the process is dead (or beyond SIGKILL's reach, which is logged) and its socket
+closed; an engine is not replaced before.
+"""
+
+import asyncio
+import logging
+import time
+
+from app.client.process import EngineProcess
+from app.client.settings import Supervision
+from app.client.stall import StallWatch
+from app.ipc.messages import Fatal, FromEngine, Ready, StepOutputs, ToEngine
+from app.ipc.progress import EnginePhase
+from app.ipc.transport import ApiEnd, FrameError
+
+logger = logging.getLogger("headwater.client")
+
+SIGKILL_WAIT_SECONDS = 5.0
+SOCKET_TO_EXIT_SECONDS = 1.0
+"""The kernel closes a dying process's socket a little before there is an exit status."""
+EXIT_POLL_SECONDS = 0.01
+
+
+class EngineDeath(Exception):
+    """An engine can no longer be used."""
+
+    def __init__(self, reason: str, *, is_configuration: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.is_configuration = is_configuration
+        """The engine says that a restart would fail the same way."""
+
+
+class EngineLife:
+    """A running engine as its client sees it."""
+
+    def __init__(self, process: EngineProcess, *, supervision: Supervision) -> None:
+        self._process = process
+        self._supervision = supervision
+        self._stall = StallWatch(supervision)
+        self._end: ApiEnd | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._accusation: str | None = None
+        self._next_seq = 0
+        self._ready_at: float | None = None
+        self._keys_at_death: tuple[int, ...] = ()
+        self._is_closed = False
+        self.has_live = False
+        """Whether sequences are with this engine; its client says so."""
+
+    @property
+    def generation(self) -> int:
+        return self._process.generation
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def ready_seconds(self) -> float:
+        """How long it has been ready."""
+        return 0.0 if self._ready_at is None else time.monotonic() - self._ready_at
+
+    async def begin(self) -> None:
+        """Take over the socket and start to watch."""
+        self._end = await ApiEnd.open(self._process.socket)
+        self._watching = asyncio.create_task(self._watch(), name=f"watch-engine-{self.generation}")
+
+    def send(self, message: ToEngine) -> None:
+        """Never waits and never fails: a death shows in `receive`."""
+        if self._end is not None:
+            self._end.send(message)
+
+    async def receive(self) -> Ready | StepOutputs:
+        """The next message of this engine, checked. Raises EngineDeath."""
+        assert self._end is not None
+        while True:
+            try:
+                message = await self._end.receive()
+            except FrameError as error:
+                raise EngineDeath(f"the engine sent what is no message: {error}") from error
+            if message is None:
+                raise EngineDeath(await self._describe_end())
+            if message.generation < self.generation:
+                continue  # a late message of an engine that was replaced
+            self._check(message)
+            if isinstance(message, Fatal):
+                raise EngineDeath(message.reason, is_configuration=message.is_configuration)
+            if isinstance(message, StepOutputs):
+                self._stall.note_step(message.stats.step_seconds)
+            return message
+
+    @property
+    def keys_at_death(self) -> tuple[int, ...]:
+        """Keys of the sequences in the step that the engine died in; known after `end`."""
+        return self._keys_at_death
+
+    async def end(self) -> None:
+        """Kill the process, wait until it is gone, close what we hold of it. Harmless the second time."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait({self._watching})
+            if not self._watching.cancelled() and (error := self._watching.exception()):
+                logger.error("the watch over the engine failed", exc_info=error)
+            self._watching = None
+        self._process.kill()
+        if self._end is not None:
+            self._end.close()
+        if not await self._wait_for_exit(SIGKILL_WAIT_SECONDS):
+            facts = {"pid": self._process.pid}
+            logger.error("the engine outlives SIGKILL: its memory is not free", extra={"facts": facts})
+        if not self._is_closed:
+            self._is_closed = True
+            progress = self._process.progress.read()
+            if progress is not None and progress.phase is EnginePhase.STEPPING:
+                self._keys_at_death = progress.request_keys
+            self._process.close()
+
+    def _check(self, message: FromEngine) -> None:
+        if message.generation != self.generation:
+            raise EngineDeath(f"a message of generation {message.generation} came from engine {self.generation}")
+        if message.seq != self._next_seq:
+            raise EngineDeath(f"message {message.seq} of the engine came where {self._next_seq} was due")
+        self._next_seq += 1
+        if isinstance(message, Ready):
+            if self._ready_at is not None:
+                raise EngineDeath("the engine said twice that it is ready")
+            self._ready_at = time.monotonic()
+        elif isinstance(message, StepOutputs) and self._ready_at is None:
+            raise EngineDeath("the engine sent outputs before it was ready")
+
+    async def _watch(self) -> None:
+        """End an engine that hangs, and notice one whose socket outlives it in a child of its own."""
+        while True:
+            await asyncio.sleep(self._supervision.tick_seconds)
+            progress = self._process.progress.read()
+            accusation = self._stall.look(
+                progress, time.monotonic(), is_ready=self._ready_at is not None, has_live=self.has_live
+            )
+            if accusation is not None:
+                self._accusation = accusation
+                self._process.kill()
+            if self._process.returncode is not None:
+                await asyncio.sleep(self._supervision.tick_seconds)  # let what it had sent be read
+                if self._end is not None:
+                    self._end.close()
+                return
+
+    async def _describe_end(self) -> str:
+        """Why the socket closed: our own verdict first, else how the process ended."""
+        await self._wait_for_exit(SOCKET_TO_EXIT_SECONDS)
+        return self._accusation or self._process.describe_exit()
+
+    async def _wait_for_exit(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self._process.returncode is None:
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(EXIT_POLL_SECONDS)
+        return True
