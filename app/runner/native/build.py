@@ -86,8 +86,11 @@ def library_name(level: Level) -> str:
 
 def cache_folder() -> Path:
     """Where libraries that were built on this machine are kept."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "headwater" / "native"
+    own = os.environ.get("HEADWATER_CACHE")
+    if own:
+        return Path(own).expanduser() / "native"
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared and os.path.isabs(shared) else Path.home() / ".cache") / "headwater" / "native"
 
 
 def _flags(level: Level) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ one row, and neither sees who shares the step.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -188,13 +188,18 @@ class NativeRunner:
         """Logprobs of the prompt positions start + 1 .. end, a few rows of logits at a time."""
         end = min(entry.start + len(entry.token_ids), len(row.prompt_token_ids) - 1)
         following = row.prompt_token_ids[entry.start + 1 : end + 1]
-        first = int(forward.arrays.entry_starts[index])
         num_top = row.params.num_prompt_logprobs or 0
         scored: list[TokenLogprobs] = []
-        for begin in range(0, len(following), _SCORE_ROWS):
-            part = following[begin : begin + _SCORE_ROWS]
-            tokens = range(first + begin, first + begin + len(part))
-            wanted = Wanted(tokens, range(len(part)), self._model.logits_stride)
-            self._call(self._library.score, forward.arrays, wanted)
-            scored.extend(score_prompt(wanted.logits[:, : self._info.vocab_size], part, num_top))
+        for logits in self.position_logits(forward, index, len(following)):
+            part = following[len(scored) : len(scored) + len(logits)]
+            scored.extend(score_prompt(logits, part, num_top))
         return tuple(scored)
+
+    def position_logits(self, forward: NativeForward, index: int, count: int) -> Iterator[NDArray[np.float32]]:
+        """Logits (a few rows, vocab_size) at the first `count` positions of an entry of the step computed last."""
+        first = int(forward.arrays.entry_starts[index])
+        for begin in range(first, first + count, _SCORE_ROWS):
+            tokens = range(begin, min(begin + _SCORE_ROWS, first + count))
+            wanted = Wanted(tokens, range(len(tokens)), self._model.logits_stride)
+            self._call(self._library.score, forward.arrays, wanted)
+            yield wanted.logits[:, : self._info.vocab_size]

@@ -1,0 +1,61 @@
+"""The loader's table: what it serves, and that anything unknown is named and refused."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app.runner.base import TierUnavailable
+from app.runner.native.families import shape_of
+from tests.native_models import LLAMA
+
+
+def test_a_plain_llama_is_understood() -> None:
+    shape = shape_of({**LLAMA, "transformers_version": "5.0", "torch_dtype": "bfloat16", "rope_scaling": None})
+    assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (6, 2, 64)
+    assert shape.kv_bytes_per_token == 2 * 2 * 2 * 64 * 2
+    assert not shape.qkv_bias and not shape.qk_norm and shape.is_tied
+
+
+def test_defaults_follow_transformers() -> None:
+    config = {name: value for name, value in LLAMA.items() if name not in ("head_dim", "num_key_value_heads")}
+    shape = shape_of({**config, "hidden_size": 384})
+    assert (shape.head_dim, shape.num_kv_heads) == (64, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "gemma2"}, "model_type = 'gemma2'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        ({"sliding_window": 4096}, "sliding_window = 4096"),
+        ({"sliding_window": 4096, "use_sliding_window": True}, "use_sliding_window = True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "surprise": 1}}, "surprise"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"head_dim": 80}, "head_dim = 80"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads = 4"),
+        ({"hidden_size": 200}, "hidden_size = 200"),
+        ({"num_hidden_layers": None}, "num_hidden_layers = None"),
+    ],
+)
+def test_what_it_does_not_know_is_named(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(TierUnavailable, match="native kernels do not know") as refused:
+        shape_of({**LLAMA, **changes})
+    assert named in refused.value.reason
+
+
+def test_a_window_that_is_switched_off_is_harmless() -> None:
+    config = {**LLAMA, "model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}
+    assert shape_of({**config, "max_window_layers": 28}).qkv_bias
+
+
+def test_rope_parameters_carry_theta() -> None:
+    old = shape_of({**LLAMA, "rope_theta": 5e5})
+    config = {name: value for name, value in LLAMA.items() if name != "rope_theta"}
+    new = shape_of({**config, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    assert np.array_equal(old.inverse_frequencies, new.inverse_frequencies)
