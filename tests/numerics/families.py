@@ -68,6 +68,7 @@ class Reference:
 def make_reference(family: str, folder: Path) -> Reference:
     """A saved model and what it says."""
     model = make_model(family, folder)
+    model.generation_config.eos_token_id = None  # answers go on to their length
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
     outputs, margins = [], []
@@ -76,7 +77,6 @@ def make_reference(family: str, folder: Path) -> Reference:
             torch.tensor([prompt]),
             max_new_tokens=NUM_TOKENS,
             do_sample=False,
-            eos_token_id=-1,
             output_logits=True,
             return_dict_in_generate=True,
         )
