@@ -97,7 +97,13 @@ def small_model_fields(model_type: str, *, vocab_size: int, **changes: object) -
 
 
 def small_model_tensors(
-    *, vocab_size: int, seed: int = 0, tied: bool = True, qkv_bias: bool = False, qk_norm: bool = False
+    *,
+    vocab_size: int,
+    seed: int = 0,
+    tied: bool = True,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    qk_norm: bool = False,
 ) -> dict[str, Tensor]:
     """Random tensors for `small_model_fields`; matrices as Q8_0, the rest as F32."""
     random = np.random.default_rng(seed)
@@ -111,6 +117,8 @@ def small_model_tensors(
         shapes |= {f"{block}.ffn_down.weight": (64, 96)}
         if qkv_bias:
             shapes |= {f"{block}.attn_q.bias": (64,), f"{block}.attn_k.bias": (32,), f"{block}.attn_v.bias": (32,)}
+        if output_bias:
+            shapes[f"{block}.attn_output.bias"] = (64,)
         if qk_norm:
             shapes |= {f"{block}.attn_q_norm.weight": (16,), f"{block}.attn_k_norm.weight": (16,)}
     if not tied:

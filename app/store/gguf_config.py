@@ -87,7 +87,9 @@ class GgufModel(msgspec.Struct, frozen=True, kw_only=True):
     tied: bool
     """The file has no output matrix of its own."""
     attention_bias: bool
+    """Of q, k and v."""
     output_bias: bool
+    """Of the attention's output. transformers' llama has one switch for all four."""
 
 
 def read_model(file: GgufFile) -> GgufModel:
@@ -133,7 +135,7 @@ def read_model(file: GgufFile) -> GgufModel:
         rope_scaling=_rope_scaling(file, model_type),
         tied="output.weight" not in file.tensors,
         attention_bias=has_bias if family.qkv_bias is None else family.qkv_bias,
-        output_bias="blk.0.attn_output.bias" in file.tensors,
+        output_bias=has_bias and family.qkv_bias is None,
     )
 
 

@@ -34,7 +34,7 @@ def small_file(
     path: Path, changes: Mapping[str, object] | None = None, tensors: dict[str, Tensor] | None = None
 ) -> Path:
     """A sound small file, with metadata changed (None takes a key away) or other tensors."""
-    fields = {key: value for key, value in (FIELDS | (changes or {})).items() if value is not None}
+    fields = {key: value for key, value in {**FIELDS, **(changes or {})}.items() if value is not None}
     write_gguf(path, fields, small_model_tensors(vocab_size=VOCAB_SIZE) if tensors is None else tensors)
     return path
 
@@ -210,6 +210,13 @@ def test_what_is_not_supported_is_named(tmp_path: Path, changes: dict[str, objec
     source = small_file(tmp_path / "small.gguf", changes)
     with pytest.raises(ConfigurationError, match=message):
         convert_gguf(source, tmp_path)
+
+
+def test_a_bias_of_q_without_one_of_the_output_is_refused(tmp_path: Path) -> None:
+    """transformers' llama cannot hold it: one switch for all four."""
+    tensors = small_model_tensors(vocab_size=VOCAB_SIZE, qkv_bias=True)
+    with pytest.raises(ConfigurationError, match=r"lacks the tensor 'blk\.0\.attn_output\.bias'"):
+        convert_gguf(small_file(tmp_path / "small.gguf", tensors=tensors), tmp_path)
 
 
 def test_a_dense_model_may_say_that_it_has_no_experts(tmp_path: Path) -> None:
