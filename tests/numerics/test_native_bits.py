@@ -125,8 +125,10 @@ def test_a_mixed_step_changes_no_bit(runners: tuple[NativeRunner, NativeRunner])
 def test_what_another_sequence_left_in_a_block_changes_no_bit(runners: tuple[NativeRunner, NativeRunner]) -> None:
     hand = Hand(runners[1])
     expected = whole(hand, 0, 0)
+    expected_odd = hand.logits(hand.entry(3, PROMPT[:-1], blocks_from(0)))[0]  # ends in half a pair of values
     poison(runners[1])
     assert same_bits(whole(hand, 1, 3), expected)
+    assert same_bits(hand.logits(hand.entry(4, PROMPT[:-1], blocks_from(9)))[0], expected_odd)
     assert same_bits(chunked(hand, 2, 6, [LENGTH - 3, 1, 1, 1]), expected)
 
 
