@@ -126,6 +126,7 @@ def test_what_another_sequence_left_in_a_block_changes_no_bit(runners: tuple[Nat
     hand = Hand(runners[1])
     expected = whole(hand, 0, 0)
     expected_odd = hand.logits(hand.entry(3, PROMPT[:-1], blocks_from(0)))[0]  # ends in half a pair of values
+    assert np.isfinite(expected_odd).all()
     poison(runners[1])
     assert same_bits(whole(hand, 1, 3), expected)
     assert same_bits(hand.logits(hand.entry(4, PROMPT[:-1], blocks_from(9)))[0], expected_odd)
