@@ -108,7 +108,9 @@ class Driver:
 
     def step(self) -> StepPlan | None:
         """Plan a step, and finish the oldest one in flight where that is due. Returns the plan."""
+        oldest = self.scheduler._running[:1]
         plan = self.scheduler.schedule(0.0)
+        assert self.scheduler._running[: len(oldest)] == oldest, "the oldest running sequence was preempted"
         if plan is None:
             assert self._in_flight or not self.scheduler.has_work, "sequences are live and nothing is planned"
         else:
@@ -220,6 +222,7 @@ class Driver:
         assert sorted(sequence.request_id for sequence in places) == sorted(scheduler._sequences)
         assert set(scheduler._sequences) == set(self.live_ids)
         assert all(sequence.row == NO_ROW and not sequence.blocks.block_ids for sequence in [*waiting, *held])
+        assert all(sequence.num_computed_tokens == 0 for sequence in [*waiting, *held])
         assert [s.queue_key for s in waiting] == sorted(s.queue_key for s in waiting)
         running = set(scheduler._running)
         assert all(producer in running for producer in held.values()), "held for a sequence that does not run"

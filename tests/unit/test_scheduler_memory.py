@@ -123,6 +123,22 @@ def test_blocks_of_an_abort_in_flight_are_given_to_nobody_until_the_step_is_back
     assert set(after.entries[0].block_table) <= set(range(4))
 
 
+def test_a_sequence_in_flight_is_no_victim_and_the_one_in_need_waits() -> None:
+    driver = Driver(make_config(num_kv_blocks=4, eos_token_ids=()))
+    scheduler, runner = driver.scheduler, driver.runner
+    scheduler.add(make_request("old", range(1, 5)), 0.0)
+    first = scheduler.schedule(0.0)
+    scheduler.add(make_request("young", range(21, 33)), 0.0)
+    second = scheduler.schedule(0.0)
+    assert first is not None and second is not None
+    scheduler.apply(first, runner.sample(first, runner.forward(first)), 0.0)
+    assert scheduler.schedule(0.0) is None, "the old one needs a second block, and a step writes to all others"
+    scheduler.apply(second, runner.sample(second, runner.forward(second)), 0.0)
+    third = scheduler.schedule(0.0)
+    assert third is not None and [entry.row for entry in third.entries] == [0]
+    assert scheduler.counts().total_preemptions == 1
+
+
 def test_aborting_what_is_unknown_or_over_is_nothing() -> None:
     driver = Driver(TIGHT)
     driver.add(make_request("a", [1], max_tokens=1))
