@@ -1,5 +1,6 @@
 """The catalogue: models known by name, from models/catalog.toml. Read-only, strictly typed."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -25,6 +26,8 @@ class HubSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     repository: str
     revision: str
+    sha256: Mapping[str, str] = {}
+    """By file: what it must be, whatever the hub announces."""
 
 
 class CatalogEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import msgspec
 
 from app.core.errors import ConfigurationError
 from app.store.cache import Report, file_sha256
+from app.store.catalog import HubSource
 from app.store.folder import read_json, require_tokenizer, weight_files
 from app.store.hub_api import Hub, HubSettings, Progress, RemoteFile, RemoteRevision
 
@@ -46,7 +47,7 @@ class FetchedRevision(msgspec.Struct, frozen=True):
 
 
 def fetch_repository(
-    repository: str, revision: str | None, staging: Path, downloads: Path, *, licence: str | None, report: Report
+    source: HubSource, staging: Path, downloads: Path, *, licence: str | None, report: Report
 ) -> FetchedRevision:
     """Fill `staging` with the files of a repository, from huggingface_hub's cache or the hub itself.
 
@@ -56,23 +57,27 @@ def fetch_repository(
     Raises:
         ConfigurationError: it cannot be had, or is not a model that can be served.
     """
+    repository, revision = source.repository, source.revision
     settings = HubSettings.from_environment()
-    local = _local_snapshot(settings, repository, revision or "main")
+    local = _local_snapshot(settings, repository, revision)
     if local is not None:
         report(f"taking {repository} from huggingface_hub's cache")
-        return _take_snapshot(local, staging, licence=licence)
+        return _take_snapshot(local, staging, pinned=source.sha256, licence=licence)
     if settings.is_offline:
         raise ConfigurationError(
             f"{repository} is neither in Headwater's cache nor in huggingface_hub's, and HF_HUB_OFFLINE forbids "
             "fetching it; unset it and run `headwater pull`, or serve a folder or .gguf file that you have"
         )
     with Hub(settings) as hub:
-        remote = hub.revision(repository, revision or "main")
-        if revision is not None and _COMMIT.fullmatch(revision) and remote.commit != revision:
+        remote = hub.revision(repository, revision)
+        if _COMMIT.fullmatch(revision) and remote.commit != revision:
             raise ConfigurationError(
                 f"the hub answered with {remote.commit} where {revision} of {repository} was asked"
             )
-        files = _wanted_files(repository, remote)
+        files = [
+            msgspec.structs.replace(file, sha256=source.sha256.get(file.path, file.sha256))
+            for file in _wanted_files(repository, remote)
+        ]
         total = sum(file.size for file in files)
         _check_room(staging, total)
         licence = licence or remote.licence
@@ -145,7 +150,7 @@ def _local_snapshot(settings: HubSettings, repository: str, revision: str) -> Pa
     return snapshot
 
 
-def _take_snapshot(snapshot: Path, staging: Path, *, licence: str | None) -> FetchedRevision:
+def _take_snapshot(snapshot: Path, staging: Path, *, pinned: Mapping[str, str], licence: str | None) -> FetchedRevision:
     """Hard links where the file system allows, copies elsewhere: huggingface_hub may clean its cache."""
     digests: dict[str, str] = {}
     for file in sorted(snapshot.iterdir()):
@@ -153,7 +158,8 @@ def _take_snapshot(snapshot: Path, staging: Path, *, licence: str | None) -> Fet
             continue
         blob = file.resolve()
         digest = file_sha256(blob)
-        if re.fullmatch(r"[0-9a-f]{64}", blob.name) and digest != blob.name:  # large files are named by their sha256
+        named = blob.name if re.fullmatch(r"[0-9a-f]{64}", blob.name) else digest  # large files: by their sha256
+        if digest != named or digest != pinned.get(file.name, digest):
             raise ConfigurationError(f"{blob} in huggingface_hub's cache is damaged; delete it and try again")
         _link_or_copy(blob, staging / file.name)
         digests[file.name] = digest

@@ -13,7 +13,7 @@ import msgspec
 
 from app.core.errors import ConfigurationError
 from app.store.cache import Manifest, Report, cache_root, ensure_folder, file_sha256, model_path, whole_folder
-from app.store.catalog import CatalogEntry, PipSource, catalogue
+from app.store.catalog import CatalogEntry, HubSource, PipSource, catalogue
 from app.store.folder import ModelFolder, describe_folder, weight_files
 
 _REPOSITORY = re.compile(r"(?P<repository>[\w][\w.-]{0,95}/[\w][\w.-]{0,95})(@(?P<revision>[\w][\w./-]{0,127}))?")
@@ -58,9 +58,8 @@ def resolve(model: str, *, cache_dir: Path | None = None, report: Report) -> Mod
         return _resolve_file(path.resolve(), root, report=report)
     repository = _REPOSITORY.fullmatch(model)
     if repository and not model.endswith(".gguf"):
-        return _resolve_repository(
-            repository["repository"], repository["revision"], root, name=model, licence=None, report=report
-        )
+        source = HubSource(repository["repository"], repository["revision"] or "main")
+        return _resolve_repository(source, root, name=model, licence=None, report=report)
     raise ConfigurationError(
         f"{model!r} is no folder, .gguf file or hub repository (owner/name), and not in the catalogue, "
         f"which has: {', '.join(entries)}"
@@ -104,9 +103,7 @@ def _listing(name: str, entry: CatalogEntry, root: Path) -> ModelListing:
 
 def _resolve_entry(name: str, entry: CatalogEntry, root: Path, *, report: Report) -> ModelFolder:
     if entry.hub is not None:
-        return _resolve_repository(
-            entry.hub.repository, entry.hub.revision, root, name=name, licence=entry.licence, report=report
-        )
+        return _resolve_repository(entry.hub, root, name=name, licence=entry.licence, report=report)
     source = entry.pip
     if source is None:  # the catalogue has checked it
         raise ConfigurationError(f"{name} has no source in the catalogue")
@@ -165,19 +162,19 @@ def _resolve_directory(path: Path, root: Path, *, report: Report) -> ModelFolder
 
 
 def _resolve_repository(
-    repository: str, revision: str | None, root: Path, *, name: str, licence: str | None, report: Report
+    source: HubSource, root: Path, *, name: str, licence: str | None, report: Report
 ) -> ModelFolder:
     def make(staging: Path, downloads: Path) -> tuple[Manifest, Mapping[str, str]]:
         from app.store.hub_source import fetch_repository
 
-        fetched = fetch_repository(repository, revision, staging, downloads, licence=licence, report=report)
-        describe_folder(staging, name=name, source=repository)  # what cannot be served does not enter the cache
+        fetched = fetch_repository(source, staging, downloads, licence=licence, report=report)
+        describe_folder(staging, name=name, source=source.repository)  # what cannot be served does not enter the cache
         manifest = Manifest(
-            name=name, source=f"{repository} on the hub", revision=fetched.commit, licence=fetched.licence
+            name=name, source=f"{source.repository} on the hub", revision=fetched.commit, licence=fetched.licence
         )
         return manifest, fetched.digests
 
-    return _describe(*ensure_folder(root, repository_key(repository, revision), report=report, make=make), name=name)
+    return _describe(*ensure_folder(root, repository_key(source), report=report, make=make), name=name)
 
 
 def _convert(source: Path, staging: Path, *, report: Report) -> dict[str, str]:
@@ -205,13 +202,13 @@ def _entry_key(name: str, entry: CatalogEntry) -> str:
     if entry.pip is not None:
         return f"{name}-{entry.pip.member_sha256[:12]}-e{_converter_epoch()}"
     if entry.hub is not None:
-        return repository_key(entry.hub.repository, entry.hub.revision)
+        return repository_key(entry.hub)
     raise ConfigurationError(f"{name} has no source in the catalogue")
 
 
-def repository_key(repository: str, revision: str | None) -> str:
-    """The cache key of a hub repository; None is the repository's default branch."""
-    return f"{repository.replace('/', '--')}@{_safe(revision or 'main')}"
+def repository_key(source: HubSource) -> str:
+    """The cache key of a revision of a hub repository."""
+    return f"{source.repository.replace('/', '--')}@{_safe(source.revision)}"
 
 
 def _entry_source(entry: CatalogEntry) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ def test_transformers_finds_every_weight(
     metadata = small_model_fields(model_type, vocab_size=960, **fields) | tokenizer_fields(TINY, pre="qwen2")
     write_gguf(tmp_path / "small.gguf", metadata, small_model_tensors(vocab_size=960, **tensors))
     convert_gguf(tmp_path / "small.gguf", tmp_path)
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, info = load(tmp_path, output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
@@ -49,7 +51,7 @@ def test_transformers_finds_every_weight(
 def test_the_default_model_continues_sensibly() -> None:
     folder = default_model_folder()
     assert AutoConfig.from_pretrained(folder.path).max_position_embeddings == folder.max_model_len
-    model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32)
     tokenizer = Tokenizer.from_file(str(folder.path / "tokenizer.json"))
     ids = tokenizer.encode("The capital of France is").ids
     generated = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0].tolist()

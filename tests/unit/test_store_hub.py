@@ -8,7 +8,9 @@ import pytest
 
 from app.core.errors import ConfigurationError
 from app.store import ModelFolder, resolve
+from app.store.catalog import HubSource
 from app.store.hub_api import Hub, HubSettings, RemoteFile
+from app.store.hub_source import fetch_repository
 from tests.fake_hub import COMMIT, FakeHub
 from tests.store_models import model_files, write_folder
 
@@ -155,6 +157,17 @@ def test_patience_ends(hub: FakeHub, busy: list[str | None], num_waits: int) -> 
     ):
         client.revision(REPOSITORY, "main")
     assert len(waits) == num_waits
+
+
+def test_a_pinned_hash_holds_whatever_the_hub_announces(hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "staging").mkdir()
+    source = HubSource(REPOSITORY, COMMIT, {WEIGHTS: "1" * 64})
+    with pytest.raises(ConfigurationError, match=r"model\.safetensors.*damaged"):
+        fetch_repository(source, tmp_path / "staging", tmp_path, licence=None, report=lambda line: None)
+    repository = tmp_path / "hf" / "hub" / "models--someone--small-model"
+    write_folder(repository / "snapshots" / COMMIT, model_files())
+    with pytest.raises(ConfigurationError, match="huggingface_hub's cache is damaged"):
+        fetch_repository(source, tmp_path / "staging", tmp_path, licence=None, report=lambda line: None)
 
 
 def test_offline_says_what_to_do(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
