@@ -1,0 +1,93 @@
+"""Composition root of the API process: settings and a model become an application.
+
+`uvicorn app.main:app` serves with the settings of the environment; the application then starts and stops
+its own engine. `headwater serve` (`app.serve`) starts the engine first and imports this module while it
+loads.
+"""
+
+from fastapi import FastAPI
+
+from app import __version__
+from app.api.admission import Admission, AdmissionLimits
+from app.api.app import create_app as create_api
+from app.api.deps import ApiLimits, OpenAIDefaults, ServerContext
+from app.api.schemas.fields import UnknownFields
+from app.client.engine_client import EngineClient
+from app.client.local import LocalEngineClient
+from app.client.process import EngineLaunch, EngineProcess
+from app.console import remark
+from app.core.config import EngineConfig
+from app.observability.logging import configure_logging
+from app.observability.metrics import Metrics
+from app.settings import Settings, load_settings
+from app.store import ModelFolder, resolve
+from app.text.tokenizer import Tokenizer
+
+
+def create_app(settings: Settings | None = None, engine_client: EngineClient | None = None) -> FastAPI:
+    """An application that starts its engine with its lifespan and ends it with that.
+
+    Raises ConfigurationError where settings or model do not fit.
+    """
+    settings = load_settings() if settings is None else settings
+    configure_logging(level=settings.log_level, form=settings.log_format)
+    folder = resolve(settings.model, report=remark)
+    metrics = make_metrics(settings, folder)
+    if engine_client is None:
+        config = settings.to_engine_config(str(folder.path), folder.eos_token_ids)
+        launch = EngineLaunch(log_level=settings.log_level, log_format=settings.log_format)
+        engine_client = make_engine_client(settings, config, launch=launch, metrics=metrics)
+    context = make_context(settings, folder, metrics=metrics, engine=engine_client, runs_engine=True)
+    return create_api(context, root_path=settings.root_path)
+
+
+def make_metrics(settings: Settings, folder: ModelFolder) -> Metrics:
+    """The metrics of one server."""
+    return Metrics(model_name=model_names(settings, folder)[0], prefix=settings.metrics_prefix)
+
+
+def make_engine_client(
+    settings: Settings,
+    config: EngineConfig,
+    *,
+    launch: EngineLaunch,
+    metrics: Metrics,
+    first: EngineProcess | None = None,
+) -> LocalEngineClient:
+    """One local engine, supervised; `first` is one that has been spawned already."""
+    return LocalEngineClient(
+        config, first=first, launch=launch, load_timeout=settings.load_timeout, on_step=metrics.observe_step
+    )
+
+
+def make_context(
+    settings: Settings, folder: ModelFolder, *, metrics: Metrics, engine: EngineClient, runs_engine: bool
+) -> ServerContext:
+    """Everything that the routes read."""
+    admission_limits = AdmissionLimits(
+        max_live_sequences=settings.max_live_sequences, max_waiting_tokens=settings.max_waiting_tokens
+    )
+    return ServerContext(
+        engine=engine,
+        tokenizer=Tokenizer.load(folder.path),
+        model_names=model_names(settings, folder),
+        metrics=metrics,
+        admission=Admission(admission_limits, metrics=metrics),
+        sampling_defaults=folder.generation_defaults if settings.generation_config == "model" else OpenAIDefaults(),
+        limits=ApiLimits(max_body_size=settings.max_body_size, unknown_fields=UnknownFields(settings.unknown_fields)),
+        version=__version__,
+        runs_engine=runs_engine,
+        drain_timeout=settings.drain_timeout,
+    )
+
+
+def model_names(settings: Settings, folder: ModelFolder) -> tuple[str, ...]:
+    """Names that requests may use; answers carry the first."""
+    return settings.served_model_name or (folder.name,)
+
+
+def __getattr__(name: str) -> FastAPI:
+    """`app`, made when a server such as uvicorn asks for it, not when this module is imported."""
+    if name == "app":
+        return create_app()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
