@@ -30,8 +30,12 @@ def probe_layers(model: PreTrainedModel, device: torch.device) -> tuple[tuple[La
     try:
         with torch.inference_mode():
             out = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep, paged=probe)
-    except (UnsupportedAttention, TypeError) as error:
+    except UnsupportedAttention as error:
         raise TierUnavailable(f"{model.config.model_type} does not fit the attention interface: {error}") from error
+    except Exception as error:  # whatever a foreign model's code raises, it is a model that cannot run here
+        raise TierUnavailable(
+            f"{model.config.model_type} fails in its first forward pass ({type(error).__name__}: {error})"
+        ) from error
     indices = [layer.layer_index for layer in probe.layers]
     expected = model.config.get_text_config().num_hidden_layers
     if len(indices) != expected or len(set(indices)) != expected:
