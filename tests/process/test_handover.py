@@ -1,0 +1,169 @@
+"""Streams outlive their engine: killed, stopped or hanging, the tokens are those of an undisturbed run."""
+
+import asyncio
+import signal
+
+import msgspec
+import pytest
+
+from app.client.engine_client import EngineState
+from app.core.errors import EngineFailed, EngineUnavailable
+from app.core.types import EngineRequest, FinishReason
+from tests.process.engines import (
+    IMPATIENT,
+    Answer,
+    complete,
+    hurt,
+    request,
+    running,
+    scripted,
+    until,
+    until_idle,
+    until_ready,
+)
+
+NUM_SEQUENCES = 16
+POISON = 999
+
+
+def mixed_requests(*, max_tokens: int) -> list[EngineRequest]:
+    """Greedy and sampled, with and without logprobs, prompts of one and of several blocks."""
+    return [
+        request(
+            f"r{index}",
+            prompt=tuple(range(1 + index, 4 + 11 * index)),
+            max_tokens=max_tokens,
+            temperature=float(index % 2),
+            num_logprobs=2 if index % 3 == 0 else None,
+        )
+        for index in range(NUM_SEQUENCES)
+    ]
+
+
+async def test_five_kills_change_no_token() -> None:
+    asked = mixed_requests(max_tokens=200)
+    async with running(scripted()) as client:
+        expected = await asyncio.gather(*(complete(client, each) for each in asked))
+    async with running(scripted(step_seconds=0.002)) as client:
+        answers = [Answer() for _ in asked]
+        tasks = [asyncio.create_task(a.fill(client, each)) for a, each in zip(answers, asked, strict=True)]
+        for round_number in range(1, 6):
+            await until(lambda n=round_number: min(len(a.token_ids) for a in answers) >= 25 * n)  # type: ignore[misc]
+            hurt(client, signal.SIGKILL)
+            await until(lambda n=round_number: client.status.generation > n)  # type: ignore[misc]
+        await asyncio.gather(*tasks)
+        assert client.status.generation == 6
+        assert client.status.num_live_requests == 0
+        await until_idle(client)
+    for answer, undisturbed in zip(answers, expected, strict=True):
+        assert answer.token_ids == undisturbed.token_ids
+        assert answer.finish_reason is FinishReason.LENGTH
+        assert _logprobs(answer) == _logprobs(undisturbed)
+        assert {o.num_cached_tokens for o in answer.outputs} == {answer.outputs[0].num_cached_tokens}
+
+
+async def test_queued_sequences_are_handed_over_too() -> None:
+    config = scripted(step_seconds=0.002, num_kv_blocks=4)  # room for about two at once
+    asked = [request(f"r{index}", max_tokens=40) for index in range(8)]
+    async with running(config) as client:
+        answers = [Answer() for _ in asked]
+        tasks = [asyncio.create_task(a.fill(client, each)) for a, each in zip(answers, asked, strict=True)]
+        await until(lambda: any(a.token_ids for a in answers))
+        assert not all(a.token_ids for a in answers)
+        hurt(client, signal.SIGKILL)
+        await asyncio.gather(*tasks)
+    assert {len(a.token_ids) for a in answers} == {40}
+    assert len({tuple(a.token_ids) for a in answers}) == 1
+
+
+async def test_a_stopped_engine_is_replaced() -> None:
+    async with running(scripted(step_seconds=0.002)) as client:
+        expected = await complete(client, request("a", max_tokens=100))
+        answer = Answer()
+        task = asyncio.create_task(answer.fill(client, request("b", max_tokens=100)))
+        await until(lambda: len(answer.token_ids) > 10)
+        hurt(client, signal.SIGSTOP)
+        await task
+        assert client.status.generation == 2
+    assert answer.token_ids == expected.token_ids
+
+
+async def test_an_engine_that_was_stopped_while_idle_is_replaced_when_asked() -> None:
+    async with running(scripted()) as client:
+        await complete(client, request("a"))
+        hurt(client, signal.SIGSTOP)
+        answer = await complete(client, request("b"))
+        assert answer.finish_reason is FinishReason.LENGTH
+        assert client.status.generation == 2
+
+
+async def test_a_slow_step_is_not_a_hang() -> None:
+    async with running(scripted(step_seconds=0.4)) as client:
+        await complete(client, request("a", max_tokens=3))
+        assert client.status.generation == 1
+
+
+@pytest.mark.parametrize("crash", ["exit", "segv", "raise", "hang"])
+async def test_a_request_that_ends_engines_ends_alone(crash: str) -> None:
+    supervision = msgspec.structs.replace(IMPATIENT, hang_seconds=0.4)
+    config = scripted(crash_on_token=POISON, trigger_after=5, crash=crash, step_seconds=0.001)
+    asked = [request(f"r{index}", prompt=(index, 5), max_tokens=200) for index in range(8)]
+    async with running(scripted()) as client:
+        expected = [(await complete(client, each)).token_ids for each in asked]
+    async with running(config, supervision=supervision) as client:
+        answers = [Answer() for _ in asked]
+        tasks = [asyncio.create_task(a.fill(client, each)) for a, each in zip(answers, asked, strict=True)]
+        await until(lambda: all(a.token_ids for a in answers))
+        poisoned = Answer()
+        with pytest.raises(EngineFailed, match="3 engines in a row"):
+            await poisoned.fill(client, request("poison", prompt=(1, POISON)))
+        await asyncio.gather(*tasks)
+        assert len(poisoned.token_ids) == 5
+        assert client.status.generation <= 6
+        await until_ready(client)
+        assert (await complete(client, request("next"))).finish_reason is FinishReason.LENGTH
+    assert [a.token_ids for a in answers] == expected
+
+
+async def test_a_row_that_fails_ends_alone_and_the_engine_lives() -> None:
+    async with running(scripted(fail_on_token=POISON)) as client:
+        good, bad = await asyncio.gather(
+            complete(client, request("good")), complete(client, request("bad", prompt=(1, POISON)))
+        )
+        assert good.finish_reason is FinishReason.LENGTH
+        assert bad.finish_reason is FinishReason.ERROR
+        assert "999" in str(bad.outputs[-1].error)
+        assert client.status.generation == 1
+        await until_idle(client)
+
+
+async def test_while_an_engine_is_replaced_new_requests_are_refused_and_old_ones_go_on() -> None:
+    async with running(scripted(step_seconds=0.002, load_seconds=0.5)) as client:
+        answer = Answer()
+        task = asyncio.create_task(answer.fill(client, request("a", max_tokens=50)))
+        await until(lambda: len(answer.token_ids) > 10)
+        hurt(client, signal.SIGKILL)
+        await until(lambda: client.status.state is EngineState.RESTARTING)
+        with pytest.raises(EngineUnavailable) as refused:
+            await complete(client, request("b"))
+        assert refused.value.retry_after is not None
+        assert client.status.last_step is None
+        await task
+        assert len(answer.token_ids) == 50
+
+
+async def test_a_sequence_is_aborted_while_no_engine_is_there() -> None:
+    async with running(scripted(step_seconds=0.002, load_seconds=0.3)) as client:
+        stream = client.generate(request("a", max_tokens=3000))
+        await anext(stream)
+        hurt(client, signal.SIGKILL)
+        await until(lambda: client.status.state is EngineState.RESTARTING)
+        await stream.aclose()
+        assert client.status.num_live_requests == 0
+        await until_ready(client)
+        await complete(client, request("b"))
+        await until_idle(client)
+
+
+def _logprobs(answer: Answer) -> list[object]:
+    return [entry for output in answer.outputs for entry in output.logprobs]
