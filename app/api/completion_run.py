@@ -151,6 +151,8 @@ class CompletionAnswer:
         async with aclosing(generated) as outputs:
             async for output in outputs:
                 before = text.num_output_tokens
+                if output.queue_seconds is not None:
+                    meter.queue_seconds = output.queue_seconds
                 try:
                     delta = text.feed(output)
                 except Exception:
@@ -162,7 +164,6 @@ class CompletionAnswer:
                     text.num_output_tokens - before,
                     now=time.monotonic(),
                     num_cached_tokens=output.num_cached_tokens,
-                    queue_seconds=output.queue_seconds,
                 )
                 if before == 0:
                     live.place.stop_waiting()

@@ -36,6 +36,14 @@ class BodyTimeout(ClientError):
     """The body did not arrive in time."""
 
 
+class HeadTimeout(ClientError):
+    """The headers did not arrive in time."""
+
+
+class HeadTooLarge(ClientError):
+    """The headers are longer than any client's need be."""
+
+
 class ErrorKind(NamedTuple):
     """How one class of exceptions looks on the wire."""
 
@@ -49,9 +57,11 @@ _KINDS: Mapping[type[Exception], ErrorKind] = MappingProxyType(
         InvalidRequest: ErrorKind(400, "invalid_request_error", None),
         NotFound: ErrorKind(404, "not_found_error", "not_found"),
         MethodNotAllowed: ErrorKind(405, "invalid_request_error", "method_not_allowed"),
+        HeadTimeout: ErrorKind(408, "invalid_request_error", "request_timeout"),
         BodyTimeout: ErrorKind(408, "invalid_request_error", "request_timeout"),
         BodyTooLarge: ErrorKind(413, "invalid_request_error", "body_too_large"),
         UnsupportedMedia: ErrorKind(415, "invalid_request_error", "unsupported_media_type"),
+        HeadTooLarge: ErrorKind(431, "invalid_request_error", "headers_too_large"),
         TooManyRequests: ErrorKind(429, "rate_limit_error", "rate_limit_exceeded"),
         ClientError: ErrorKind(400, "invalid_request_error", None),
         EngineUnavailable: ErrorKind(503, "server_error", "engine_unavailable"),

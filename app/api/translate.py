@@ -67,7 +67,7 @@ async def prepare_completion(
     _check_token_fields(request, limits)
     prompts = await _prepare_prompts(request, context.tokenizer, limits)
     seed = secrets.randbits(_DRAWN_SEED_BITS) if request.seed is None else request.seed
-    bad_words = _bad_words(request.bad_words or (), context.tokenizer)
+    bad_words = await _bad_words(request.bad_words or (), context.tokenizer)
     unique = secrets.token_hex(12)
     sequences: list[PreparedSequence] = []
     for prompt_index, prompt in enumerate(prompts):
@@ -229,17 +229,19 @@ def _check_token_fields(request: CompletionRequest, limits: EngineLimits) -> Non
     check_token_ids(request.stop_token_ids or (), field="stop_token_ids", vocab_size=size)
 
 
-def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+async def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """Token sequences of the words, as at a text's start and as after a space (vLLM's rule)."""
-    sequences: list[tuple[int, ...]] = []
-    for word in words:
-        bare = tokenizer.encode_now(word.lstrip(), False)
-        spaced = tokenizer.encode_now(" " + word.lstrip(), False)
-        sequences.append(tuple(bare))
+    if not words:
+        return ()
+    bare_texts = [word.lstrip() for word in words]
+    encoded = await tokenizer.encode([*bare_texts, *(" " + text for text in bare_texts)], False)
+    sequences: list[list[int]] = []
+    for bare, spaced in zip(encoded[: len(words)], encoded[len(words) :], strict=True):
+        sequences.append(bare)
         # Where the space became a token of its own, the bare sequence bans the word already.
         if spaced and bare and spaced[0] != bare[0] and len(spaced) == len(bare):
-            sequences.append(tuple(spaced))
-    return tuple(sequence for sequence in dict.fromkeys(sequences) if sequence)
+            sequences.append(spaced)
+    return tuple(sequence for sequence in dict.fromkeys(map(tuple, sequences)) if sequence)
 
 
 def _first(*values: Number | None) -> Number:

@@ -28,6 +28,7 @@ class SequenceMeter:
         self.num_cached_tokens = 0
         self.num_output_tokens = 0
         self.queue_seconds: float | None = None
+        """Set by whoever hears it first: the engine says it once, perhaps before the first token."""
         self.finish_reason: FinishReason | None = None
 
     @property
@@ -35,11 +36,11 @@ class SequenceMeter:
         """Seconds from the request's arrival to the sequence's first output; None before it."""
         return None if self._first is None else self._first - self._arrived
 
-    def advance(self, num_tokens: int, *, now: float, num_cached_tokens: int, queue_seconds: float | None) -> None:
+    def advance(self, num_tokens: int, *, now: float, num_cached_tokens: int) -> None:
         """Count accepted output tokens that came in one step at the monotonic time `now`."""
         metrics = self._metrics
         if self._first is None:
-            self._start(now, num_cached_tokens, queue_seconds)
+            self._start(now, num_cached_tokens)
         elif num_tokens:
             metrics.inter_token_latency.observe((now - self._last) / num_tokens, num_tokens)
         if num_tokens:
@@ -62,14 +63,13 @@ class SequenceMeter:
             metrics.decode_time.observe(decode)
             metrics.time_per_output_token.observe(decode / (self.num_output_tokens - 1))
 
-    def _start(self, now: float, num_cached_tokens: int, queue_seconds: float | None) -> None:
+    def _start(self, now: float, num_cached_tokens: int) -> None:
         self._first = self._last = now
         self.num_cached_tokens = num_cached_tokens
-        self.queue_seconds = queue_seconds
         metrics = self._metrics
         metrics.time_to_first_token.observe(now - self._arrived)
         metrics.prompt_tokens.inc(self.num_prompt_tokens)
         metrics.cached_prompt_tokens.inc(num_cached_tokens)
-        if queue_seconds is not None:
-            metrics.queue_time.observe(queue_seconds)
-            metrics.prefill_time.observe(max(0.0, now - self._arrived - queue_seconds))
+        if self.queue_seconds is not None:
+            metrics.queue_time.observe(self.queue_seconds)
+            metrics.prefill_time.observe(max(0.0, now - self._arrived - self.queue_seconds))

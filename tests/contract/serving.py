@@ -17,6 +17,7 @@ import uvicorn
 from app.api.admission import Admission, AdmissionLimits
 from app.api.app import create_app
 from app.api.deps import ApiLimits, OpenAIDefaults, SamplingDefaults, ServerContext
+from app.api.protocol import BoundedHttpProtocol
 from app.client.engine_client import EngineClient
 from app.observability.metrics import Metrics
 from app.text import Tokenizer
@@ -127,14 +128,16 @@ def make_context(
 
 
 @contextmanager
-def running(context: ServerContext) -> Iterator[int]:
+def running(context: ServerContext, *, protocol: type[BoundedHttpProtocol] = BoundedHttpProtocol) -> Iterator[int]:
     """Serve `context` with uvicorn in a thread; the port. The thread ends with the block."""
-    # Named as TCP: asyncio turns Nagle's algorithm off for such sockets only.
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(128)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
     config = uvicorn.Config(
-        create_app(context), log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=5
+        create_app(context),
+        http=protocol,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=5,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
@@ -150,14 +153,20 @@ def running(context: ServerContext) -> Iterator[int]:
 
 
 @contextmanager
-def fake_server(*, text: str = TEXT, max_model_len: int = 256, **options: Any) -> Iterator[FakeServer]:
+def fake_server(
+    *,
+    text: str = TEXT,
+    max_model_len: int = 256,
+    protocol: type[BoundedHttpProtocol] = BoundedHttpProtocol,
+    **options: Any,
+) -> Iterator[FakeServer]:
     """A server around a `FakeEngine` that says `text`; `options` go to `make_context`."""
     tokenizer = byte_level()
     script = tuple(tokenizer.encode_now(text, False))
     limits = fake_limits(vocab_size=tokenizer.vocab_size, max_model_len=max_model_len)
     engine = FakeEngine(script, limits)
     context = make_context(engine, tokenizer=tokenizer, **options)
-    with running(context) as port:
+    with running(context, protocol=protocol) as port:
         server = FakeServer(port, context, engine=engine)
         try:
             yield server

@@ -11,6 +11,7 @@ import pytest
 
 from app.api.admission import AdmissionLimits
 from app.api.deps import ApiLimits
+from app.api.protocol import BoundedHttpProtocol
 from app.client.engine_client import EngineState
 from tests.contract.serving import MODEL, FakeServer, chunks_of, fake_server, wait_until
 
@@ -231,3 +232,43 @@ def test_an_exact_stream_on_the_wire(own_server: FakeServer) -> None:
         "finish_reason": "length",
         "stop_reason": None,
     }
+
+
+def test_a_pipelining_client_that_leaves_ends_what_runs_and_starts_nothing_more(own_server: FakeServer) -> None:
+    own_server.engine.hold_at = 1
+    request = b'{"prompt": "a", "stream": true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", own_server.port), timeout=10) as connection:
+        connection.sendall((head % len(request) + request) * 3)
+        read_until(connection, b"data: ")
+    wait_until(own_server.is_idle)
+    assert len(own_server.engine.aborted) == len(own_server.engine.requests) == 1
+
+
+class Impatient(BoundedHttpProtocol):
+    """Heads are due at once."""
+
+    head_seconds = 0.1
+
+
+def test_an_endless_head_is_refused(own_server: FakeServer) -> None:
+    with socket.create_connection(("127.0.0.1", own_server.port), timeout=10) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nx-big: " + b"a" * 70_000)
+        answer = read_until(connection, b"headers_too_large")
+    assert answer.startswith(b"HTTP/1.1 431 ")
+
+
+def test_large_heads_and_bodies_within_the_limits_pass(own_server: FakeServer) -> None:
+    headers = {f"x-{index}": "a" * 6000 for index in range(10)}
+    for _ in range(3):
+        body = {"prompt": "a", "max_tokens": 1, "metadata": {"x": "y" * 500_000}}
+        assert own_server.post(body, **headers).status_code == 200
+
+
+def test_a_slow_head_is_closed() -> None:
+    with fake_server(protocol=Impatient) as server:
+        for sent in (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /hea"):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+                connection.sendall(sent)
+                assert b"HTTP/1.1 408 " in read_until(connection, b"request_timeout")
+                assert connection.recv(1024) == b""

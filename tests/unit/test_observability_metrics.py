@@ -110,8 +110,9 @@ def test_a_sequence_is_counted_once() -> None:
     metrics = Metrics(model_name="m")
     meter = SequenceMeter(metrics, arrived=10.0, num_prompt_tokens=7)
     before = meter.ttft
-    meter.advance(1, now=10.5, num_cached_tokens=4, queue_seconds=0.2)
-    meter.advance(2, now=10.7, num_cached_tokens=4, queue_seconds=None)
+    meter.queue_seconds = 0.2
+    meter.advance(1, now=10.5, num_cached_tokens=4)
+    meter.advance(2, now=10.7, num_cached_tokens=4)
     meter.finish(FinishReason.LENGTH, now=10.8)
     meter.finish(FinishReason.ABORT, now=99.0)
     assert before is None and meter.ttft == 0.5 and meter.finish_reason is FinishReason.LENGTH

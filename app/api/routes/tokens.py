@@ -40,7 +40,7 @@ def routes(context: ServerContext) -> APIRouter:
         context.check_model(body.model)
         limits = context.known_limits()
         (token_ids,) = await context.tokenizer.encode([body.prompt], body.add_special_tokens is not False)
-        spelled = [context.tokenizer.token_text(one) for one in token_ids] if body.return_token_strs else None
+        spelled = await asyncio.to_thread(_spell, token_ids, context.tokenizer) if body.return_token_strs else None
         return JsonResponse(
             TokenizeResponse(
                 count=len(token_ids), max_model_len=limits.max_model_len, tokens=token_ids, token_strs=spelled
@@ -73,6 +73,10 @@ async def _read(request: Request, context: ServerContext, kind: type[Body]) -> B
     with context.admission.enter(check_headers(request.scope, context.limits)):
         body = await read_body(request.receive, context.limits)
     return decode_struct(body, kind, fields=decode_keys(body))
+
+
+def _spell(token_ids: list[int], tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.token_text(token_id) for token_id in token_ids]
 
 
 def _info(tokenizer: Tokenizer) -> TokenizerInfo:

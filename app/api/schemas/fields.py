@@ -45,7 +45,8 @@ class Harmless(NamedTuple):
     """A field that may be given where it changes nothing."""
 
     name: str
-    accepts: Callable[[object, Mapping[str, msgspec.Raw]], bool]
+    accepts: Callable[[msgspec.Raw, Mapping[str, msgspec.Raw]], bool]
+    """Takes the value, undecoded, and all fields of the body."""
     accepted: str
     """The accepted values, in words."""
     meaning: str
@@ -59,18 +60,20 @@ class Refused(NamedTuple):
     """What to do, as the end of a sentence."""
 
 
-def _label(_value: object, _fields: Mapping[str, msgspec.Raw]) -> bool:
+def _label(_value: msgspec.Raw, _fields: Mapping[str, msgspec.Raw]) -> bool:
     return True
 
 
-def _only(*values: object) -> Callable[[object, Mapping[str, msgspec.Raw]], bool]:
-    def accepts(value: object, _fields: Mapping[str, msgspec.Raw]) -> bool:
+def _only(*values: object) -> Callable[[msgspec.Raw, Mapping[str, msgspec.Raw]], bool]:
+    def accepts(raw: msgspec.Raw, _fields: Mapping[str, msgspec.Raw]) -> bool:
+        value = decode_value(raw)
         return any(type(value) is type(one) and value == one for one in values)
 
     return accepts
 
 
-def _one_or_n(value: object, fields: Mapping[str, msgspec.Raw]) -> bool:
+def _one_or_n(raw: msgspec.Raw, fields: Mapping[str, msgspec.Raw]) -> bool:
+    value = decode_value(raw)
     n = decode_value(fields["n"]) if "n" in fields else 1
     return isinstance(value, int) and not isinstance(value, bool) and value in (1, n)
 
@@ -185,7 +188,7 @@ def ignored_header(names: Iterable[str]) -> bytes:
 def _check(name: str, fields: Mapping[str, msgspec.Raw], unknown: UnknownFields) -> None:
     harmless = _HARMLESS_BY_NAME.get(name)
     if harmless is not None:
-        if not harmless.accepts(decode_value(fields[name]), fields):
+        if not harmless.accepts(fields[name], fields):
             raise InvalidRequest(
                 f"`{name}` is accepted as {harmless.accepted} only, got {shown(fields[name])}.", param=name
             )
