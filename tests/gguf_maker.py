@@ -51,6 +51,8 @@ def _packed_value(value: object) -> bytes:
         return struct.pack("<I", 8) + packed_string(value)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(packed_string(item) for item in value)
+    if isinstance(value, list) and all(isinstance(item, float) for item in value):
+        return struct.pack("<IIQ", 9, 6, len(value)) + struct.pack(f"<{len(value)}f", *value)
     if isinstance(value, list):
         return struct.pack("<IIQ", 9, 5, len(value)) + struct.pack(f"<{len(value)}i", *value)
     raise TypeError(f"no GGUF type for {value!r}")
@@ -74,6 +76,21 @@ def tokenizer_fields(vocabulary: dict[str, list[str]], *, pre: str) -> dict[str,
         "tokenizer.ggml.merges": vocabulary["merges"],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
+    }
+
+
+def sentencepiece_fields(tokens: list[str]) -> dict[str, object]:
+    """Metadata of a SentencePiece tokenizer: unknown, start, end, 256 bytes, then pieces, the best first."""
+    num_pieces = len(tokens) - 259
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 259 + [float(-rank) for rank in range(num_pieces)],
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * num_pieces,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
     }
 
 

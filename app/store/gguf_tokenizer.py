@@ -5,7 +5,7 @@ cut (`tokenizer.ggml.pre`) instead of storing it, so `PRE_TOKENIZERS` holds one 
 the expressions of the models themselves (those of llama.cpp are adaptations of the same). A name that is
 not in the table is refused: a guess would give fluent text from the wrong ids.
 
-Byte-level BPE only (`tokenizer.ggml.model` = gpt2).
+Byte-level BPE (`tokenizer.ggml.model` = gpt2) is built here, SentencePiece in `gguf_sentencepiece`.
 """
 
 import json
@@ -16,6 +16,7 @@ import msgspec
 
 from app.core.errors import ConfigurationError
 from app.store.gguf_file import GgufFile
+from app.store.gguf_sentencepiece import sentencepiece_parts
 
 Json = dict[str, object]
 
@@ -86,16 +87,39 @@ def tokenizer_files(file: GgufFile, *, vocab_size: int) -> dict[str, str]:
 
 
 def _tokenizer_json(file: GgufFile, *, vocab_size: int) -> Json:
-    pre = _pre_tokenizer(file)
     tokens = _tokens(file, vocab_size=vocab_size)
+    types = _token_types(file, tokens)
+    kind = file.metadata.get("tokenizer.ggml.model")
+    if kind == "llama":
+        parts = sentencepiece_parts(file, tokens, types)
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": _added_tokens(tokens, types),
+            "pre_tokenizer": None,
+            "post_processor": _post_processor(file, tokens, adds_bos=True),
+            **parts._asdict(),
+        }
+    if kind != "gpt2":
+        raise ConfigurationError(
+            f"{file.path} has a tokenizer of the kind {kind!r}; only 'gpt2' (byte-level BPE) and 'llama' "
+            "(SentencePiece) are read from a .gguf. Serve the model's safetensors folder instead"
+        )
+    return _byte_level_json(file, tokens, types)
+
+
+def _byte_level_json(file: GgufFile, tokens: list[str], types: list[int]) -> Json:
+    pre = _pre_tokenizer(file)
+    byte_level: Json = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": _added_tokens(file, tokens),
+        "added_tokens": _added_tokens(tokens, types),
         "normalizer": {"type": "NFC"} if pre.nfc else None,
         "pre_tokenizer": _pre_tokenizer_json(pre),
-        "post_processor": _post_processor(file, tokens, pre),
+        "post_processor": _post_processor(file, tokens, adds_bos=pre.adds_bos, first=byte_level),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
@@ -113,12 +137,6 @@ def _tokenizer_json(file: GgufFile, *, vocab_size: int) -> Json:
 
 
 def _pre_tokenizer(file: GgufFile) -> PreTokenizer:
-    model = file.metadata.get("tokenizer.ggml.model")
-    if model != "gpt2":
-        raise ConfigurationError(
-            f"{file.path} has a tokenizer of the kind {model!r}; only byte-level BPE ('gpt2') is read from a .gguf. "
-            "Serve the model's safetensors folder with its tokenizer.json instead"
-        )
     name = file.metadata.get("tokenizer.ggml.pre")
     if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
@@ -141,10 +159,14 @@ def _tokens(file: GgufFile, *, vocab_size: int) -> list[str]:
     return tokens
 
 
-def _added_tokens(file: GgufFile, tokens: list[str]) -> list[Json]:
+def _token_types(file: GgufFile, tokens: list[str]) -> list[int]:
     types = file.metadata.get("tokenizer.ggml.token_type")
-    if not isinstance(types, list) or len(types) != len(tokens):
+    if not isinstance(types, list) or len(types) != len(tokens) or not all(isinstance(kind, int) for kind in types):
         raise ConfigurationError(f"{file.path} lacks a type for each of its {len(tokens)} tokens")
+    return [int(kind) for kind in types]
+
+
+def _added_tokens(tokens: list[str], types: list[int]) -> list[Json]:
     return [
         {
             "id": token_id,
@@ -171,12 +193,11 @@ def _pre_tokenizer_json(pre: PreTokenizer) -> Json:
     return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
 
 
-def _post_processor(file: GgufFile, tokens: list[str], pre: PreTokenizer) -> Json:
-    byte_level: Json = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
-    before = _added_id(file, tokens, "bos", default=pre.adds_bos)
+def _post_processor(file: GgufFile, tokens: list[str], *, adds_bos: bool, first: Json | None = None) -> Json | None:
+    before = _added_id(file, tokens, "bos", default=adds_bos)
     after = _added_id(file, tokens, "eos", default=False)
     if before is None and after is None:
-        return byte_level
+        return first
     single: list[Json] = [{"Sequence": {"id": "A", "type_id": 0}}]
     pair: list[Json] = [*single, {"Sequence": {"id": "B", "type_id": 0}}]
     special: dict[str, Json] = {}
@@ -189,7 +210,7 @@ def _post_processor(file: GgufFile, tokens: list[str], pre: PreTokenizer) -> Jso
         single = [part, *single] if at_start else [*single, part]
         pair = [part, *pair] if at_start else [*pair, part]
     template: Json = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
-    return {"type": "Sequence", "processors": [byte_level, template]}
+    return template if first is None else {"type": "Sequence", "processors": [first, template]}
 
 
 def _added_id(file: GgufFile, tokens: list[str], name: str, *, default: bool) -> int | None:

@@ -69,6 +69,8 @@ def resolve(model: str, *, cache_dir: Path | None = None, report: Report) -> Mod
 def pull(model: str, *, cache_dir: Path | None = None, report: Report) -> ModelFolder:
     """Fetch a catalogue name or hub repository into the cache, so that serving it needs no network.
 
+    What is in the cache stays as it is: a branch that moved on is fetched by its new revision (`owner/name@revision`).
+
     Raises:
         ConfigurationError: as `resolve`; also for a folder or file, which needs no fetching.
     """

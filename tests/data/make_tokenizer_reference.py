@@ -6,7 +6,8 @@ LLAMA_TOKENIZE is llama.cpp's program (`cmake --build build --target llama-token
 of the default model. Two sets of ids:
 - `default_model`: the real vocabulary, on every text;
 - `tiny`: for each `tokenizer.ggml.pre` that is accepted, a small vocabulary whose merges were learnt without
-  any cut, so that they reach across digits, blanks, line ends and signs: a wrong cut shows in the ids.
+  any cut, so that they reach across digits, blanks, line ends and signs: a wrong cut shows in the ids;
+- `sentencepiece`: a small vocabulary of that kind, which lacks many characters and so needs its byte tokens.
 Every answer is decoded back to the text before it is written.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from app.store.gguf_file import read_gguf
 from app.store.gguf_tokenizer import PRE_TOKENIZERS
-from tests.gguf_maker import byte_alphabet, tokenizer_fields, write_gguf
+from tests.gguf_maker import byte_alphabet, sentencepiece_fields, tokenizer_fields, write_gguf
 
 TEXTS = (
     "Hello, world!",
@@ -71,7 +72,6 @@ HERE = Path(__file__).parent
 def main(llama_tokenize: str, model: Path) -> None:
     """Write both files."""
     tiny = train_tiny()
-    write_json(HERE / "tokenizer_tiny.json", tiny)
     reference: dict[str, object] = {"texts": TEXTS}
     metadata = read_gguf(model).metadata
     tokens = metadata["tokenizer.ggml.tokens"]
@@ -85,6 +85,12 @@ def main(llama_tokenize: str, model: Path) -> None:
             path = Path(folder) / f"{pre}.gguf"
             write_gguf(path, {"general.architecture": "llama", **LLAMA_FIELDS, **tokenizer_fields(tiny, pre=pre)}, {})
             by_pre[pre] = [ids_of(llama_tokenize, path, text, tiny["tokens"]) for text in TEXTS]
+        pieces = train_sentencepiece()
+        tiny["sentencepiece"] = pieces
+        path = Path(folder) / "sentencepiece.gguf"
+        write_gguf(path, {"general.architecture": "llama", **LLAMA_FIELDS, **sentencepiece_fields(pieces)}, {})
+        reference["sentencepiece"] = [ids_of(llama_tokenize, path, text, pieces) for text in TEXTS]
+    write_json(HERE / "tokenizer_tiny.json", tiny)
     reference["tiny"] = by_pre
     write_json(HERE / "tokenizer_reference_ids.json", reference)
 
@@ -116,6 +122,22 @@ def train_tiny() -> dict[str, list[str]]:
     return {"tokens": [*special, *learnt], "merges": [" ".join(pair) for pair in model["merges"]]}
 
 
+def train_sentencepiece() -> list[str]:
+    """Unknown, start and end, the bytes, the pieces with the best first."""
+    from tokenizers import Tokenizer, models, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, min_frequency=1, limit_alphabet=90, max_token_length=8, show_progress=False
+    )
+    texts = ["\u2581" + text.replace(" ", "\u2581") for text in TEXTS if "<|" not in text]
+    tokenizer.train_from_iterator(texts * 2, trainer)
+    vocab = tokenizer.get_vocab()
+    letters = [piece for piece in sorted(vocab, key=vocab.__getitem__) if len(piece) == 1]
+    pieces = [piece for piece in sorted(vocab, key=vocab.__getitem__) if len(piece) > 1]
+    return ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, *letters]
+
+
 def ids_of(llama_tokenize: str, model: Path, text: str, tokens: list[str]) -> list[int]:
     """llama.cpp's ids of one text, after checking that they spell it."""
     with tempfile.NamedTemporaryFile("wb", suffix=".txt") as file:
@@ -125,13 +147,19 @@ def ids_of(llama_tokenize: str, model: Path, text: str, tokens: list[str]) -> li
         result = subprocess.run(command, capture_output=True, text=True, check=True)
     ids = [int(token_id) for token_id in ast.literal_eval(result.stdout.strip().splitlines()[-1])]
     spelt = spell(ids, tokens)
-    if spelt not in (text.encode(), b"<|im_start|>" + text.encode()):
+    if spelt not in (text.encode(), b"<|im_start|>" + text.encode(), b" " + text.encode()):
         raise SystemExit(f"llama.cpp's ids of {text!r} spell {spelt!r}")
     return ids
 
 
 def spell(ids: list[int], tokens: list[str]) -> bytes:
     """The bytes of token ids of a byte-level vocabulary."""
+    if "<0x00>" in tokens:
+        pieces = [tokens[token_id] for token_id in ids if token_id > 2]
+        return b"".join(
+            bytes([int(piece[3:5], 16)]) if piece.startswith("<0x") else piece.replace("\u2581", " ").encode()
+            for piece in pieces
+        )
     value = {character: byte for byte, character in enumerate(byte_alphabet())}
     parts = (tokens[token_id] for token_id in ids)
     return b"".join(part.encode() if part.startswith("<|") else bytes(value[c] for c in part) for part in parts)

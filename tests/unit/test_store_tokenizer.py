@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from app.core.errors import ConfigurationError
 from app.store.gguf_file import GgufFile
 from app.store.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_files
-from tests.gguf_maker import tokenizer_fields
+from tests.gguf_maker import sentencepiece_fields, tokenizer_fields
 from tests.store_models import default_model_folder
 
 DATA = Path(__file__).parents[1] / "data"
@@ -52,6 +52,44 @@ def test_ids_of_the_default_model_equal_llama_cpp() -> None:
         assert tokenizer.encode(text).ids == expected, text
 
 
+def test_ids_of_sentencepiece_equal_llama_cpp() -> None:
+    tokenizer = sentencepiece()
+    for text, expected in zip(REFERENCE["texts"], REFERENCE["sentencepiece"], strict=True):
+        assert tokenizer.encode(text).ids == expected, text
+        assert tokenizer.decode(expected) == text
+    assert any(2 < token_id < 259 for ids in REFERENCE["sentencepiece"] for token_id in ids)
+
+
+def sentencepiece(**changes: object) -> Tokenizer:
+    """The SentencePiece vocabulary with some metadata changed."""
+    fields = sentencepiece_fields(TINY["sentencepiece"])
+    fields.update({f"tokenizer.ggml.{name}": value for name, value in changes.items()})
+    file = GgufFile(Path("tiny.gguf"), {key: value for key, value in fields.items() if value is not None}, {})  # type: ignore[misc]
+    return Tokenizer.from_str(tokenizer_files(file, vocab_size=VOCAB_SIZE)["tokenizer.json"])
+
+
+def test_the_space_before_the_text_can_be_off() -> None:
+    tokenizer = sentencepiece(add_space_prefix=False, add_bos_token=False)
+    assert tokenizer.decode(tokenizer.encode(" a").ids) == " a"
+    assert tokenizer.encode("a").ids != sentencepiece(add_bos_token=False).encode("a").ids
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": None}, "lacks a score"),
+        ({"scores": [0.0]}, "lacks a score"),
+        ({"tokens": [*TINY["sentencepiece"][:3], "[gone]", *TINY["sentencepiece"][4:]]}, "byte token <0x00>"),
+        ({"remove_extra_whitespaces": True}, "removes extra spaces"),
+        ({"precompiled_charsmap": [1]}, "character map"),
+        ({"unknown_token_id": -1}, "unknown_token_id is -1"),
+    ],
+)
+def test_a_broken_sentencepiece_vocabulary_is_one_clear_error(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        sentencepiece(**changes)
+
+
 def test_text_survives_encoding_and_decoding() -> None:
     tokenizer = convert("smollm")
     for text in REFERENCE["texts"]:
@@ -90,7 +128,7 @@ def test_an_unknown_cut_is_refused_by_name() -> None:
     ("changes", "message"),
     [
         ({"pre": None}, "named None"),
-        ({"model": "llama"}, "of the kind 'llama'"),
+        ({"model": "t5"}, "of the kind 't5'"),
         ({"add_space_prefix": True}, "adds a space"),
         ({"tokens": None}, "lacks tokenizer.ggml.tokens"),
         ({"tokens": [*TINY["tokens"], "surplus"]}, "tokens for .* rows"),
