@@ -113,7 +113,7 @@ class Scheduler:
         step = Step(self._config.max_num_batched_tokens)
         num_preemptions = self._total_preemptions
         self._continue_running(step)
-        if self._total_preemptions == num_preemptions:
+        if self._total_preemptions == num_preemptions:  # whoever came in now would be the next victim
             self._admit_waiting(step, now)
         if not step.entries:
             return None
@@ -201,7 +201,6 @@ class Scheduler:
     def _preempt(self, victim: Sequence) -> None:
         self._running.remove(victim)
         self._release(victim)
-        victim.is_preempted = True
         self._total_preemptions += 1
         self._requeue([victim, *self._gate.end(victim)])
 
@@ -236,7 +235,6 @@ class Scheduler:
             self._total_prefix_hit_tokens += num_hit_tokens
             sequence.queue_seconds = now - sequence.added_at
         sequence.was_admitted = True
-        sequence.is_preempted = False
         sequence.num_computed_tokens = num_hit_tokens
         sequence.row = self._rows.take()
         sequence.is_new_row = True

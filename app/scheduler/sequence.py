@@ -24,7 +24,6 @@ class Sequence:
         "is_aborted",
         "is_in_flight",
         "is_new_row",
-        "is_preempted",
         "is_scoring",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -63,9 +62,8 @@ class Sequence:
         self.is_in_flight = False
         """It is part of a step whose result has not come back."""
         self.is_aborted = False
-        self.is_preempted = False
-        """It ran before and waits to run again."""
         self.was_admitted = False
+        """It has run: where it waits again, it was preempted."""
         self.is_scoring = request.params.max_tokens == 0
         """It reads no next token and ends when its prompt is computed."""
         # Tokens that were handed over came after all prompt logprobs had been delivered.
@@ -75,7 +73,7 @@ class Sequence:
     @property
     def queue_key(self) -> tuple[bool, int, int]:
         """Order in the waiting queue: preempted ones in front, then by priority, then as they came."""
-        if self.is_preempted:
+        if self.was_admitted:
             return (False, 0, self.arrival)
         return (True, self.request.priority, self.arrival)
 

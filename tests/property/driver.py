@@ -109,7 +109,10 @@ class Driver:
     def step(self) -> StepPlan | None:
         """Plan a step, and finish the oldest one in flight where that is due. Returns the plan."""
         oldest = self.scheduler._running[:1]
+        num_preemptions = self.scheduler.counts().total_preemptions
         plan = self.scheduler.schedule(0.0)
+        if plan is not None and self.scheduler.counts().total_preemptions > num_preemptions:
+            assert not any(entry.start_row for entry in plan.entries), "admitted while others had to give way"
         assert self.scheduler._running[: len(oldest)] == oldest, "the oldest running sequence was preempted"
         if plan is None:
             assert self._in_flight or not self.scheduler.has_work, "sequences are live and nothing is planned"

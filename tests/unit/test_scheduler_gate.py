@@ -116,3 +116,16 @@ def test_a_sequence_waits_for_the_common_blocks_only() -> None:
     driver.step()
     assert driver.answers["fork"].num_cached_tokens == 8
     driver.run_until_idle()
+
+
+def test_a_sequence_is_let_go_as_soon_as_it_has_what_it_can_use() -> None:
+    driver = Driver(make_config(num_kv_blocks=64, max_num_batched_tokens=7, eos_token_ids=()), lag=1)
+    driver.add(make_request("first", [9] * 3, max_tokens=30))
+    driver.add(make_request("producer", PREFIX, max_tokens=30))
+    driver.add(make_request("short", range(1, 9), max_tokens=4))  # of its two blocks the second is computed anyway
+    plan = driver.scheduler.schedule(0.0)
+    assert plan is not None and [len(entry.token_ids) for entry in plan.entries] == [3, 4]
+    assert driver.scheduler.schedule(0.0) is None
+    assert len(driver.scheduler._gate) == 1
+    driver.scheduler.apply(plan, driver.runner.sample(plan, driver.runner.forward(plan)), 0.0)
+    assert len(driver.scheduler._gate) == 0

@@ -157,6 +157,18 @@ def test_a_handed_over_sequence_goes_on_where_it_was() -> None:
     assert (*received, *driver.answers["a"].token_ids) == outputs_of(whole)
 
 
+def test_cached_tokens_are_prompt_tokens_even_where_more_was_cached() -> None:
+    driver = Driver(ROOMY)
+    whole = make_request("a", range(1, 7), max_tokens=12)
+    driver.add(whole)
+    driver.run_until_idle()
+    received = outputs_of(whole)[:8]
+    driver.add(msgspec.structs.replace(whole, request_id="b", output_token_ids=received))
+    driver.run_until_idle()
+    assert driver.scheduler.counts().total_prefix_hit_tokens == 12
+    assert driver.answers["b"].num_cached_tokens == 6
+
+
 @pytest.mark.parametrize(
     ("output", "reason", "stop_token_id"),
     [([5, 5, 7], FinishReason.STOP, 7), ([5, 5, 0], FinishReason.STOP, None), ([5] * 4, FinishReason.LENGTH, None)],
