@@ -21,7 +21,7 @@ from app.runner.torch.executor import Executor
 from app.runner.torch.kv_cache import KVCache, LayerShape
 from app.runner.torch.linear import PackedLinear, pack_linears, packing_works
 from app.runner.torch.loading import choose_dtype, load_model, read_config
-from app.runner.torch.packing import Packer, bucket
+from app.runner.torch.packing import Packer, bucket, context_bucket
 from tests.numerics.driver import Driver, greedy
 from tests.numerics.families import VOCAB, make_model
 
@@ -229,6 +229,19 @@ def test_logits_come_in_the_plan_s_order(folder: Path) -> None:
 
 def test_buckets() -> None:
     assert [bucket(size) for size in (1, 2, 3, 9, 64, 65, 128, 129)] == [1, 2, 4, 16, 64, 128, 128, 192]
+    assert [context_bucket(size) for size in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17)] == [
+        1,
+        2,
+        3,
+        4,
+        6,
+        6,
+        8,
+        8,
+        12,
+        16,
+        24,
+    ]
 
 
 # Rows

@@ -66,8 +66,9 @@ def packing_works(dtype: torch.dtype) -> bool:
 
 def _dense_weight(module: nn.Module) -> torch.Tensor | None:
     """(out_features, in_features) of a layer that can be packed; subclasses may do more than a product."""
-    if type(module) is nn.Linear:
-        return module.weight.data
-    if type(module) is Conv1D:
-        return module.weight.data.t()
+    weight = getattr(module, "weight", None)
+    if type(module) is nn.Linear and weight is not None:
+        return weight.data
+    if type(module) is Conv1D and weight is not None:
+        return weight.data.t()
     return None

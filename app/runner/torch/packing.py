@@ -61,8 +61,14 @@ class StepBatch:
 
 
 def bucket(size: int) -> int:
-    """The next size for which static shapes exist: powers of two to 64, then multiples of 64."""
+    """The next number of tokens for which static shapes exist: powers of two to 64, then multiples of 64."""
     return 1 << max(0, size - 1).bit_length() if size <= 64 else -(-size // 64) * 64
+
+
+def context_bucket(num_blocks: int) -> int:
+    """Blocks to which a context is padded: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... so a third of it at most is padding."""
+    power = 1 << max(0, num_blocks - 1).bit_length()
+    return 3 * power // 4 if power >= 4 and num_blocks <= 3 * power // 4 else power
 
 
 class Packer:
@@ -125,14 +131,14 @@ class Packer:
         )
 
     def _decode_groups(self, entries: Sequence[PlanEntry], decodes: Sequence[int]) -> list[DecodeGroup]:
-        """Neighbours whose contexts round up to the same power of two of blocks share a group.
+        """Neighbours whose contexts round up to the same number of blocks share a group.
 
         The padding of a sequence's context thus depends on its own length, not on the others'.
         """
         groups: list[list[PlanEntry]] = []
         width = 0
         for index in decodes:
-            needed = bucket(self._num_blocks(entries[index]))
+            needed = context_bucket(self._num_blocks(entries[index]))
             if needed != width:
                 groups.append([])
                 width = needed
@@ -145,7 +151,7 @@ class Packer:
         return result
 
     def _decode_group(self, group: Sequence[PlanEntry], first_token: int) -> DecodeGroup:
-        width = bucket(self._num_blocks(group[-1]))
+        width = context_bucket(self._num_blocks(group[-1]))
         tables = np.full((len(group), width), self._scratch_block, dtype=np.int64)
         for row, entry in enumerate(group):
             num_blocks = self._num_blocks(entry)
