@@ -1,0 +1,83 @@
+"""The cuda tier on a real device. Skips, saying so, where no NVIDIA device answers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from app.core.config import EngineConfig
+from app.core.errors import ConfigurationError
+from app.core.types import SamplingParams
+from app.runner.sampling import RowSampler
+from app.runner.sampling.philox import gumbel_noise as numpy_noise
+from app.runner.torch.cuda_tier import load
+from app.runner.torch.sampling.batch import DrawRequest, draw_batch
+from app.runner.torch.sampling.philox import gumbel_noise
+from app.store import resolve
+from tests.numerics.driver import Driver, assert_same, greedy
+from tests.numerics.families import CONFIGS, NUM_TOKENS, make_reference
+from tests.unit.sampling_cases import EOS, NUM_DRAWS, load_cases
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: no NVIDIA device answers here"),
+]
+
+REFERENCE = json.loads((Path(__file__).parent.parent / "data" / "reference_ids.json").read_text(encoding="utf-8"))
+
+
+def config(folder: Path, **fields: object) -> EngineConfig:
+    defaults: dict[str, object] = {"model_dir": str(folder), "dtype": "float32", "max_num_seqs": 64}
+    return EngineConfig(**(defaults | fields))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_families_equal_transformers(family: str, tmp_path: Path) -> None:
+    reference = make_reference(family, tmp_path)  # on the CPU
+    runner = load(config(tmp_path, block_size=8, num_kv_blocks=64))
+    chunked = Driver(runner, budget=5)
+    for what in ("batched in small chunks", "with prefix hits"):
+        outputs = chunked.run(reference.prompts, greedy(NUM_TOKENS))
+        for got, expected, margins in zip(outputs, reference.outputs, reference.margins, strict=True):
+            assert_same(got, expected, margins, what=f"{family} {what}")
+
+
+def test_the_default_model_equals_transformers() -> None:
+    try:
+        folder = resolve(REFERENCE["model"], report=print).path
+    except ConfigurationError as error:
+        pytest.skip(f"NOT RUN, the default model cannot be had here: {error}")
+    runner = load(config(folder))
+    entries = REFERENCE["prompts"]
+    outputs = Driver(runner, budget=128, max_num_seqs=32).run(
+        [entry["prompt"] for entry in entries], greedy(REFERENCE["num_tokens"])
+    )
+    for got, entry in zip(outputs, entries, strict=True):
+        margins = [entry["margins"].get(str(index), 1.0) for index in range(len(got))]
+        assert_same(got, entry["output"], margins, what=repr(entry["text"][:40]))
+
+
+def test_noise_is_the_definition_s() -> None:
+    seeds, positions = [0, 2**64 - 1, 2**63 + 12345], [0, 2**31 + 7, 5]
+    noise = gumbel_noise(seeds, positions, 1003, torch.device("cuda")).cpu().numpy()
+    for row, seed, position in zip(noise, seeds, positions, strict=True):
+        assert row == pytest.approx(numpy_noise(seed, position, 1003), rel=1e-4, abs=1e-4)
+
+
+def test_sampling_cases_draw_the_committed_tokens() -> None:
+    for case in load_cases():
+        sampler = RowSampler(case.start(), case.vocab_size, EOS)
+        logits = torch.from_numpy(np.stack([case.logits()])).cuda()
+        first = len(case.prompt) + len(case.output)
+        drawn = [draw_batch(logits, [DrawRequest(sampler, first + step)])[0].token_id for step in range(NUM_DRAWS)]
+        assert tuple(drawn) == case.expected_gumbel, case.name
+
+
+def test_sampled_rows_repeat(tmp_path: Path) -> None:
+    reference = make_reference("llama", tmp_path)
+    runner = load(config(tmp_path, block_size=8, num_kv_blocks=64))
+    params = SamplingParams(seed=3, max_tokens=12, ignore_eos=True, top_p=0.9, num_logprobs=3)
+    first, second = (Driver(runner).run(reference.prompts, params) for _ in range(2))
+    assert first == second
