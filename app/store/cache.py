@@ -45,14 +45,23 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def cache_root(cache_dir: Path | None = None) -> Path:
-    """`cache_dir`, else HEADWATER_CACHE, else `headwater` in the user's cache folder (XDG_CACHE_HOME)."""
+    """`cache_dir`, else HEADWATER_CACHE, else `headwater` in the user's cache folder (XDG_CACHE_HOME).
+
+    Raises:
+        ConfigurationError: none of them is known: a user without a home folder, as in a container.
+    """
     if cache_dir is not None:
         return cache_dir
     own = os.environ.get("HEADWATER_CACHE")
     if own:
-        return Path(own).expanduser()
+        return Path(os.path.expanduser(own))
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared and os.path.isabs(shared) else Path.home() / ".cache") / "headwater"
+    if shared and os.path.isabs(shared):
+        return Path(shared) / "headwater"
+    home = os.path.expanduser("~")
+    if not os.path.isabs(home):
+        raise ConfigurationError("this user has no home folder to keep models in; name a folder in HEADWATER_CACHE")
+    return Path(home) / ".cache" / "headwater"
 
 
 def model_path(root: Path, key: str) -> Path:

@@ -44,13 +44,13 @@ class HubSettings(msgspec.Struct, frozen=True, kw_only=True):
     def from_environment(cls) -> "HubSettings":
         """HF_ENDPOINT, HF_TOKEN (or its file), HF_HUB_OFFLINE, HF_HOME, HF_HUB_CACHE."""
         shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        home = Path(os.environ.get("HF_HOME") or f"{shared}/huggingface").expanduser()
-        token_file = Path(os.environ.get("HF_TOKEN_PATH") or home / "token").expanduser()
+        home = Path(os.path.expanduser(os.environ.get("HF_HOME") or f"{shared}/huggingface"))
+        token_file = Path(os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or home / "token"))
         return cls(
             endpoint=(os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/"),
             token=(os.environ.get("HF_TOKEN") or _first_line(token_file) or "").strip() or None,
             is_offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
-            cache=Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser(),
+            cache=Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or home / "hub")),
         )
 
 

@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,7 +52,7 @@ def resolve(model: str, *, cache_dir: Path | None = None, report: Report) -> Mod
     entries = catalogue()
     if model in entries:
         return _resolve_entry(model, entries[model], root, report=report)
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         return _resolve_directory(path.resolve(), root, report=report)
     if path.is_file():
@@ -74,7 +75,7 @@ def pull(model: str, *, cache_dir: Path | None = None, report: Report) -> ModelF
     Raises:
         ConfigurationError: as `resolve`; also for a folder or file, which needs no fetching.
     """
-    if model not in catalogue() and Path(model).expanduser().exists():
+    if model not in catalogue() and os.path.exists(os.path.expanduser(model)):
         raise ConfigurationError(f"{model} is on this machine already; serve it as it is")
     return resolve(model, cache_dir=cache_dir, report=report)
 

@@ -145,6 +145,13 @@ class TestCache:
         assert cache_root() == tmp_path / "own"
         assert cache_root(tmp_path) == tmp_path
 
+    def test_a_user_without_a_home_is_told_what_to_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("HEADWATER_CACHE", raising=False)
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setenv("HOME", "relative")
+        with pytest.raises(ConfigurationError, match="HEADWATER_CACHE"):
+            cache_root()
+
     def test_damage_is_noticed_and_mended(self, tmp_path: Path) -> None:
         source = small_gguf(tmp_path / "small.gguf")
         folder = resolve(str(source), cache_dir=tmp_path / "cache", report=quiet)
