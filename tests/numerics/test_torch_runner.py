@@ -230,18 +230,6 @@ def test_logits_come_in_the_plan_s_order(folder: Path) -> None:
 def test_buckets() -> None:
     assert [bucket(size) for size in (1, 2, 3, 9, 64, 65, 128, 129)] == [1, 2, 4, 16, 64, 128, 128, 192]
     assert [context_bucket(size) for size in (1, 2, 3, 4, 5, 7, 8, 9, 13, 17)] == [1, 2, 3, 4, 6, 8, 8, 12, 16, 24]
-        1,
-        2,
-        3,
-        4,
-        6,
-        6,
-        8,
-        8,
-        12,
-        16,
-        24,
-    ]
 
 
 # Rows
