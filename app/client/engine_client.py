@@ -30,6 +30,8 @@ class EngineStatus(msgspec.Struct, frozen=True):
     last_step: StepStats | None
     num_live_requests: int
     """Sequences in the journal: admitted and not finished."""
+    engine_pid: int | None = None
+    """The engine's process; None while there is none, and where it is not on this machine."""
 
 
 class EngineClient(Protocol):

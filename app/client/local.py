@@ -87,7 +87,7 @@ class LocalEngineClient:
         state = self._state
         if self._is_draining and state is not EngineState.FAILED:
             state = EngineState.DRAINING
-        return EngineStatus(state, self._generation, self._detail, self._last_step, len(self._journal))
+        return EngineStatus(state, self._generation, self._detail, self._last_step, len(self._journal), self.engine_pid)
 
     @property
     def limits(self) -> EngineLimits | None:

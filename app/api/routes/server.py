@@ -32,6 +32,7 @@ def routes(context: ServerContext) -> APIRouter:
             generation=status.generation,
             detail=status.detail,
             row_independent=None if limits is None else limits.row_independent,
+            engine_pid=status.engine_pid,
         )
         if is_ready:
             return JsonResponse(content)

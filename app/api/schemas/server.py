@@ -35,6 +35,8 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     detail: str
     row_independent: bool | None
     """None before the first engine was ready."""
+    engine_pid: int | None = None
+    """The engine's process; null while there is none."""
 
 
 class Liveness(msgspec.Struct, frozen=True, kw_only=True):
