@@ -9,6 +9,7 @@ Exit status: 0 the socket closed, 1 a failure that was reported as Fatal, 2 a co
 
 import argparse
 import ctypes
+import faulthandler
 import gc
 import logging
 import os
@@ -106,7 +107,8 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 def _settle_in() -> None:
-    """Signals, the kernel's own watch on our parent, and a name for `ps` and `top`."""
+    """Signals, the kernel's own watch on our parent, and a name for `top` and `pgrep`."""
+    faulthandler.enable()  # a crash in native code says where
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     libc = ctypes.CDLL(None)
