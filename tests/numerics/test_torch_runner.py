@@ -181,7 +181,7 @@ def make_executor(folder: Path, *, is_static: bool) -> Executor:
     loaded = load_model(config(folder), torch.device("cpu"))
     layers = tuple(LayerShape(index, 2, 16, 16) for index in range(2))
     cache = KVCache(layers, num_blocks=32, block_size=8, dtype=torch.float32, device=torch.device("cpu"))
-    packer = Packer(block_size=8, scratch_block=32, device=torch.device("cpu"), is_static=is_static)
+    packer = Packer(cache, device=torch.device("cpu"), is_static=is_static)
     return Executor(loaded.model, kv_cache=cache, packer=packer, vocab_size=VOCAB)
 
 

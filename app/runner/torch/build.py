@@ -91,12 +91,7 @@ def _executor(loaded: LoadedModel, layers: tuple[LayerShape, ...], kv_plan: KVPl
         dtype=loaded.dtype,
         device=loaded.device,
     )
-    packer = Packer(
-        block_size=kv_plan.block_size,
-        scratch_block=kv_cache.scratch_block,
-        device=loaded.device,
-        is_static=loaded.device.type != "cpu",
-    )
+    packer = Packer(kv_cache, device=loaded.device, is_static=loaded.device.type != "cpu")
     return Executor(loaded.model, kv_cache=kv_cache, packer=packer, vocab_size=vocab_size)
 
 

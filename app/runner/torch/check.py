@@ -16,6 +16,10 @@ _CHECK_TOKENS = 24
 _CHECK_CHUNKS = (16, 7, 1)
 _TOLERANCE = {torch.float32: 0.002, torch.bfloat16: 0.15, torch.float16: 0.05}
 """Largest difference of two logits, in spans of the logits: random text is nobody's favourite."""
+_PROBE_TOKENS = {"cpu": 64, "cuda": 2048}
+"""Tokens of the timed prefill: enough to fill the device."""
+_MOST_TOKENS = 8192
+"""Of a step, however fast the device: activations and prompt logits grow with them."""
 
 
 def probe_layers(model: PreTrainedModel, device: torch.device) -> tuple[tuple[LayerShape, ...], int]:
@@ -82,10 +86,9 @@ def run_chunks(executor: Executor, token_ids: list[int], chunks: tuple[int, ...]
 
 def measure_token_budget(executor: Executor, *, target_ms: float, max_num_seqs: int) -> int:
     """Tokens of a step that takes about `target_ms`: whole blocks, and one block beside a full house of decodes."""
-    size = max(64, executor.block_size)
-    size = min(size, executor.num_blocks * executor.block_size)
+    size = min(_PROBE_TOKENS[executor.device.type], executor.num_blocks * executor.block_size)
     per_token = min(_prefill_seconds(executor, size) for _ in range(2)) / size
-    measured = int(target_ms / 1000 / per_token)
+    measured = min(_MOST_TOKENS, int(target_ms / 1000 / per_token))
     blocks = max(1, measured // executor.block_size, 1 + -(-max_num_seqs // executor.block_size))
     return blocks * executor.block_size
 

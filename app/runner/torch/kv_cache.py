@@ -1,9 +1,9 @@
 """The KV pool: for each attention layer one tensor of keys and one of values, in blocks.
 
 Invariants:
-- a layer's tensors are (num_blocks + 1, block_size, num_kv_heads, head_dim), tokens outermost: slot =
+- a layer's tensors are (num_blocks + 2, block_size, num_kv_heads, head_dim), tokens outermost: slot =
   block id x block_size + offset indexes the flattened first two dimensions;
-- the last block is scratch: padding tokens write there, and no block table of a plan names it;
+- no plan names the last two blocks: one stays zero and pads block tables, padding tokens write to the other;
 - a slot is zero or holds finite values of its present owner before it is ever multiplied: blocks are
   cleared when a sequence begins to write them, so nothing that another sequence left (NaN, at worst)
   can come through a masked position.
@@ -40,19 +40,24 @@ class KVCache:
         self.block_size = block_size
         self._layers = {
             layer.layer_index: (
-                _zeros((num_blocks + 1, block_size, layer.num_kv_heads, layer.key_dim), dtype, device),
-                _zeros((num_blocks + 1, block_size, layer.num_kv_heads, layer.value_dim), dtype, device),
+                _zeros((num_blocks + 2, block_size, layer.num_kv_heads, layer.key_dim), dtype, device),
+                _zeros((num_blocks + 2, block_size, layer.num_kv_heads, layer.value_dim), dtype, device),
             )
             for layer in layers
         }
 
     @property
-    def scratch_block(self) -> int:
-        """Block id for tokens whose KV nobody reads."""
+    def zero_block(self) -> int:
+        """Block id that fills up block tables: read, masked, never written."""
         return self.num_blocks
 
+    @property
+    def scratch_block(self) -> int:
+        """Block id for padding tokens: written, never read."""
+        return self.num_blocks + 1
+
     def layer(self, layer_index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer, each (num_blocks + 1, block_size, num_kv_heads, head_dim)."""
+        """Keys and values of one layer, each (num_blocks + 2, block_size, num_kv_heads, head_dim)."""
         return self._layers[layer_index]
 
     def clear(self, block_ids: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from app.core.plan import LogitsNeed, PlanEntry, StepPlan
+from app.runner.torch.kv_cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class DecodeGroup:
     first_token: int
     """Their tokens are first_token .. first_token + num_sequences - 1 of the packed row."""
     block_tables: torch.Tensor
-    """(num_sequences, num_blocks) block ids, padded with the scratch block."""
+    """(num_sequences, num_blocks) block ids, padded with the zero block."""
     seq_lens: torch.Tensor
     """(num_sequences,) tokens in the context, the new one included."""
 
@@ -74,9 +75,10 @@ def context_bucket(num_blocks: int) -> int:
 class Packer:
     """Turns plans into batches. Owns the static buffers where there are any."""
 
-    def __init__(self, *, block_size: int, scratch_block: int, device: torch.device, is_static: bool) -> None:
-        self._block_size = block_size
-        self._scratch_block = scratch_block
+    def __init__(self, kv_cache: KVCache, *, device: torch.device, is_static: bool) -> None:
+        self._block_size = kv_cache.block_size
+        self._zero_block = kv_cache.zero_block
+        self._scratch_block = kv_cache.scratch_block
         self._device = device
         self._is_static = is_static
         self._buffers: dict[int, torch.Tensor] = {}
@@ -152,7 +154,7 @@ class Packer:
 
     def _decode_group(self, group: Sequence[PlanEntry], first_token: int) -> DecodeGroup:
         width = context_bucket(self._num_blocks(group[-1]))
-        tables = np.full((len(group), width), self._scratch_block, dtype=np.int64)
+        tables = np.full((len(group), width), self._zero_block, dtype=np.int64)
         for row, entry in enumerate(group):
             num_blocks = self._num_blocks(entry)
             tables[row, :num_blocks] = entry.block_table[:num_blocks]
