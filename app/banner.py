@@ -27,10 +27,10 @@ def describe_model(folder: ModelFolder, limits: EngineLimits) -> list[tuple[str,
 
 def banner(folder: ModelFolder, limits: EngineLimits, *, url: str, model_name: str) -> str:
     """The lines of a started server, with a command to paste at the end."""
-    curl = (
-        f"curl {url}/v1/completions -H 'content-type: application/json' "
-        f"""-d '{{"model": "{model_name}", "prompt": "The sea is", "max_tokens": 32, "stream": true}}'"""
+    request = (
+        f'{{"model": "{model_name}", "prompt": "The sea is", "max_tokens": 32, "temperature": 0.2, "stream": true}}'
     )
+    curl = f"curl {url}/v1/completions -H 'content-type: application/json' -d '{request}'"
     lines = [("url", f"{url}/v1   (docs at {url}/docs, metrics at {url}/metrics)"), *describe_model(folder, limits)]
     return f"Headwater {__version__} is ready\n{table(lines)}\n\n{curl}\n"
 

@@ -1,0 +1,49 @@
+"""A real `headwater serve` with the default model, for tests that use it as a person would."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from tests.store_models import default_model_folder
+
+START_SECONDS = 60
+
+
+@contextmanager
+def serve_default_model(log: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """The process and its address, once it is ready. It is ended, and its log kept in `log`."""
+    default_model_folder()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "app.cli", "serve", "--port", str(port), "--kv-cache-gib", "0.5", *flags]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HEADWATER_")}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_ready(process, url, log)
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"the server ended with {process.returncode}:\n{log.read_text()}")
+        try:
+            if httpx.get(f"{url}/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError(f"the server was not ready after {START_SECONDS} s:\n{log.read_text()}")
