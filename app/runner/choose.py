@@ -68,7 +68,10 @@ def _load_named(config: EngineConfig) -> ModelRunner:
 
 
 def _load_tier(tier: str, config: EngineConfig) -> ModelRunner:
-    """Import and load one tier. Raises TierUnavailable, also where something that it imports is missing."""
+    """Import and load one tier.
+
+    Raises TierUnavailable, also where something that it imports is missing, and ConfigurationError.
+    """
     try:
         module = importlib.import_module(TIER_MODULES[tier])
         load = module.load
@@ -78,7 +81,10 @@ def _load_tier(tier: str, config: EngineConfig) -> ModelRunner:
         raise TierUnavailable(f"its libraries do not load ({error})") from error
     except AttributeError as error:
         raise TierUnavailable("this build does not have it") from error
-    return cast(ModelRunner, load(config))
+    try:
+        return cast(ModelRunner, load(config))
+    except (FileNotFoundError, PermissionError) as error:
+        raise ConfigurationError(f"a file of the model cannot be read: {error}; fetch the model again") from error
 
 
 def _missing(tier: str, name: str) -> TierUnavailable:

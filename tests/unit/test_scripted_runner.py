@@ -142,3 +142,8 @@ def test_values_of_the_configuration_come_first() -> None:
 def test_an_unknown_tier_is_a_configuration_error() -> None:
     with pytest.raises(ConfigurationError, match="steam"):
         choose.load_runner(EngineConfig(model_dir="", tier="steam"))
+
+
+def test_a_model_folder_that_is_not_there_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigurationError, match="/nowhere"):
+        choose.load_runner(EngineConfig(model_dir="/nowhere", tier="native"))
