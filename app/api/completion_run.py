@@ -30,7 +30,7 @@ from app.api.schemas.completions import (
 )
 from app.api.schemas.decode import decode_keys, decode_struct
 from app.api.schemas.fields import ignored_header, sort_fields
-from app.api.sequence_text import Delta, SequenceText
+from app.api.sequence_text import Delta, SequenceAborted, SequenceText
 from app.api.sse import DONE, EventStream
 from app.api.translate import PreparedCompletion, PreparedSequence, prepare_completion
 from app.core.errors import EngineFailed
@@ -106,8 +106,8 @@ class CompletionAnswer:
                 await self._send_stream(send)
             else:
                 await self._send_whole(send)
-        except Exception:
-            reason = FinishReason.ERROR
+        except Exception as error:
+            reason = _finish_reason_of(error)
             raise
         finally:
             for live in self._live:
@@ -155,8 +155,8 @@ class CompletionAnswer:
                     meter.queue_seconds = output.queue_seconds
                 try:
                     delta = text.feed(output)
-                except Exception:
-                    live.close(FinishReason.ERROR)
+                except Exception as error:
+                    live.close(_finish_reason_of(error))
                     raise
                 if delta is None:
                     continue
@@ -210,7 +210,7 @@ class CompletionAnswer:
                 raise
             self._record.error_code = kind_of(error).code
             for live in self._live:
-                live.close(FinishReason.ERROR)
+                live.close(_finish_reason_of(error))
             await events.end(_event(error_body(error)) + DONE)
             if not is_expected(error):
                 raise
@@ -289,6 +289,10 @@ class CompletionRun(Response):
         del body, fields
         parsing.close()
         await answer.send(send)
+
+
+def _finish_reason_of(error: Exception) -> FinishReason:
+    return FinishReason.ABORT if isinstance(error, SequenceAborted) else FinishReason.ERROR
 
 
 def _event(body: CompletionResponse | ErrorBody) -> bytes:

@@ -17,6 +17,10 @@ from app.text.stop import StopMatcher
 from app.text.tokenizer import Tokenizer
 
 
+class SequenceAborted(EngineUnavailable):
+    """The server ended the sequence because it stops."""
+
+
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What a step added to a choice."""
@@ -48,7 +52,7 @@ class SequenceText:
     def feed(self, output: EngineOutput) -> Delta | None:
         """The next delta, or None where the step brought nothing to show (a prefill chunk).
 
-        Raises EngineFailed or EngineUnavailable where the engine gave the sequence up.
+        Raises EngineFailed or SequenceAborted where the engine gave the sequence up.
         """
         if output.prompt_logprobs:
             self.prompt_logprobs.extend(output.prompt_logprobs)
@@ -58,7 +62,7 @@ class SequenceText:
         if reason is FinishReason.ERROR:
             raise EngineFailed(output.error or "The engine failed this request.")
         if reason is FinishReason.ABORT:
-            raise EngineUnavailable("The server is stopping and ended this request.")
+            raise SequenceAborted("The server is stopping and ended this request.")
         self.num_cached_tokens = output.num_cached_tokens
         if self._matcher is None:
             text, count, matched = self._push_plain(output), len(output.token_ids), None
