@@ -157,6 +157,8 @@ async def _drain(client: "LocalEngineClient", timeout: float, *, end: asyncio.Ev
 def _make_server(app: "FastAPI") -> "uvicorn.Server":
     import uvicorn
 
+    from app.api.protocol import BoundedHttpProtocol
+
     class Server(uvicorn.Server):
         """uvicorn without its signal handlers: signals drain first, and this module decides when to exit."""
 
@@ -166,6 +168,7 @@ def _make_server(app: "FastAPI") -> "uvicorn.Server":
 
     config = uvicorn.Config(
         app,
+        http=BoundedHttpProtocol,
         lifespan="off",
         log_config=None,
         access_log=False,

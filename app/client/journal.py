@@ -148,4 +148,5 @@ def _merge(outputs: list[EngineOutput]) -> EngineOutput:
         token_ids=tuple(token_id for output in outputs for token_id in output.token_ids),
         logprobs=tuple(entry for output in outputs for entry in output.logprobs),
         prompt_logprobs=tuple(entry for output in outputs for entry in output.prompt_logprobs),
+        queue_seconds=next((output.queue_seconds for output in outputs if output.queue_seconds is not None), None),
     )

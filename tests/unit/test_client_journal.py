@@ -94,3 +94,10 @@ def test_a_finished_sequence_leaves_the_journal_and_unknown_outputs_are_dropped(
     assert not journal.remove(sequence)
     assert journal.remove(again)
     assert again.is_finished
+
+
+async def test_the_time_in_the_queue_survives_merging() -> None:
+    sequence = make()
+    sequence.receive(EngineOutput("a", (5,), queue_seconds=0.25))
+    sequence.receive(EngineOutput("a", (6,)))
+    assert (await sequence.next_output()).queue_seconds == 0.25
