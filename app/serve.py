@@ -7,6 +7,7 @@ everything ends. The second ends it at once.
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
@@ -77,8 +78,12 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
     except OSError as error:
         raise ConfigurationError(
-            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port or --host"
+            f"cannot listen on {host}:{port} ({_words(error)}): choose another --port or --host"
         ) from None
+
+
+def _words(error: OSError) -> str:
+    return str(error) if error.errno is None or isinstance(error, socket.gaierror) else os.strerror(error.errno)
 
 
 async def _check(settings: Settings, start: _Start) -> int:

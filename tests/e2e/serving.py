@@ -20,22 +20,36 @@ START_SECONDS = 60
 def serve_default_model(log: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The process and its address, once it is ready. It is ended, and its log kept in `log`."""
     default_model_folder()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "app.cli", "serve", "--port", str(port), "--kv-cache-gib", "0.5", *flags]
+    port = free_port()
+    with started(log, "-m", "app.cli", "serve", "--port", str(port), "--kv-cache-gib", "0.5", *flags) as process:
+        url = f"http://127.0.0.1:{port}"
+        wait_ready(process, url, log)
+        yield process, url
+
+
+@contextmanager
+def started(log: Path, *arguments: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python process with no HEADWATER_ variables but the given ones, killed at the end."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HEADWATER_")}
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-    url = f"http://127.0.0.1:{port}"
+        process = subprocess.Popen(
+            [sys.executable, *arguments], stdout=output, stderr=output, env={**environment, **variables}
+        )
     try:
-        _wait_ready(process, url, log)
-        yield process, url
+        yield process
     finally:
         process.kill()
         process.wait()
 
 
-def _wait_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def wait_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Wait for a 200 of /ready; fails with the log where the server ends or takes too long."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:

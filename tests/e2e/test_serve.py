@@ -1,0 +1,143 @@
+"""`headwater serve` as a process: signals, exit codes, the banner; on the scripted tier, so that steps last."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app.store import default_model
+from tests.e2e.serving import free_port, started, wait_ready
+from tests.store_models import default_model_folder
+
+SLOW_STEPS = {"vocab_size": 49152, "step_seconds": 0.05, "max_model_len": 512}
+EXIT_SECONDS = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model() -> None:
+    default_model_folder()
+
+
+@contextmanager
+def serving(log: Path, *flags: str, **scripted: object) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server whose every step takes 50 ms, ready."""
+    port = free_port()
+    script = json.dumps(SLOW_STEPS | scripted)
+    command = ["-m", "app.cli", "serve", "--tier", "scripted", "--scripted", script, "--port", str(port), *flags]
+    with started(log, *command) as process:
+        url = f"http://127.0.0.1:{port}"
+        wait_ready(process, url, log)
+        yield process, url
+
+
+def request(**fields: object) -> dict[str, object]:
+    return {"model": default_model(), "prompt": "hello", "max_tokens": 40, "ignore_eos": True, "stream": True, **fields}
+
+
+async def test_a_signal_lets_live_streams_finish_and_refuses_new_ones(tmp_path: Path) -> None:
+    with serving(tmp_path / "log") as (process, url):
+        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+            async with client.stream("POST", "/v1/completions", json=request()) as stream:
+                lines = stream.aiter_lines()
+                assert (await anext(lines)).startswith("data: ")
+                process.send_signal(signal.SIGTERM)
+                ready = await client.get("/ready")
+                for _ in range(500):
+                    if ready.status_code != 200:
+                        break
+                    ready = await client.get("/ready")
+                refused = await client.post("/v1/completions", json=request(stream=False))
+                rest = [line async for line in lines if line]
+            assert ready.json()["state"] == "draining" and (await asyncio.to_thread(process.wait, EXIT_SECONDS)) == 0
+        assert refused.status_code == 503 and "retry-after" in refused.headers
+        assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
+
+
+async def test_a_second_signal_ends_streams_with_an_error_event(tmp_path: Path) -> None:
+    with serving(tmp_path / "log") as (process, url):
+        async with (
+            httpx.AsyncClient(base_url=url, timeout=30) as client,
+            client.stream("POST", "/v1/completions", json=request(max_tokens=400)) as stream,
+        ):
+            lines = stream.aiter_lines()
+            await anext(lines)
+            began = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
+            rest = [line async for line in lines if line]
+        assert (await asyncio.to_thread(process.wait, EXIT_SECONDS)) == 0
+        assert '"error":' in rest[-2] and rest[-1] == "data: [DONE]"
+        assert time.monotonic() - began < 15  # 400 steps would take 20 s
+
+
+def test_the_banner_says_what_readme_promises(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serving(log) as (_, url):
+        deadline = time.monotonic() + 10
+        while "curl" not in (text := log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for fact in (f"{url}/v1", "Apache-2.0", "scripted", "room for", f"curl {url}/v1/completions"):
+            assert fact in text
+        command = next(line for line in text.splitlines() if line.startswith("curl "))
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
+        assert done.stdout.rstrip().endswith("data: [DONE]")
+
+
+def test_a_taken_port_ends_the_start_with_one_line(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with started(log, "-m", "app.cli", "serve", "--port", str(port)) as process:
+            assert process.wait(EXIT_SECONDS) == 2
+    assert log.read_text() == (
+        f"headwater: cannot listen on 127.0.0.1:{port} (Address already in use): choose another --port or --host\n"
+    )
+
+
+def test_a_model_that_cannot_load_ends_the_start_with_status_2(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    script = json.dumps({"fail_load": "configuration"})
+    command = ["-m", "app.cli", "serve", "--tier", "scripted", "--scripted", script, "--port", str(free_port())]
+    with started(log, *command) as process:
+        assert process.wait(EXIT_SECONDS) == 2
+    assert "Traceback" not in log.read_text()
+
+
+def test_engines_that_cannot_be_kept_alive_end_the_server_with_status_1(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    script = json.dumps({"fail_load": "exit"})
+    command = ["-m", "app.cli", "serve", "--tier", "scripted", "--scripted", script, "--port", str(free_port())]
+    with started(log, *command) as process:
+        assert process.wait(60) == 1
+    assert "engines died" in log.read_text()
+
+
+def test_uvicorn_serves_the_application_with_settings_of_the_environment(tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    variables = {"HEADWATER_TIER": "scripted", "HEADWATER_SCRIPTED": json.dumps(SLOW_STEPS | {"step_seconds": 0.0})}
+    command = ["-m", "uvicorn", "app.main:app", "--port", str(port), "--http", "app.api.protocol:BoundedHttpProtocol"]
+    with started(log, *command, **variables) as process:
+        url = f"http://127.0.0.1:{port}"
+        wait_ready(process, url, log)
+        answer = httpx.post(f"{url}/v1/completions", json=request(stream=False, max_tokens=5)).json()
+        assert answer["usage"]["completion_tokens"] == 5
+        os.kill(process.pid, signal.SIGTERM)
+        process.wait(EXIT_SECONDS)
+
+
+def test_check_says_what_would_be_served_and_ends(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with started(log, "-m", "app.cli", "check", "--kv-cache-gib", "0.25") as process:
+        assert process.wait(60) == 0
+    text = log.read_text()
+    for label in ("model", "weights", "tier", "exact rows", "KV cache", "room for"):
+        assert label in text
