@@ -8,6 +8,7 @@ import torch
 from app.core.config import EngineConfig
 from app.core.types import SamplingParams
 from app.runner.torch.any_tier import load
+from app.runner.torch.families import VERIFIED
 from tests.numerics.driver import Driver, assert_same, greedy
 from tests.numerics.families import CONFIGS, NUM_TOKENS, Reference, make_reference
 
@@ -61,3 +62,7 @@ def test_prompt_logprobs_equal_transformers(reference: Reference, budget: int) -
     outputs = Driver(runner, budget=budget).run_outputs([reference.prompts[-1]], [params])[0]
     got = [one.logprob for output in outputs for one in output.prompt_logprobs]
     assert got == pytest.approx(reference.prompt_logprobs, abs=1e-4)
+
+
+def test_what_is_called_verified_is_tested_here() -> None:
+    assert frozenset(name.split()[0] for name in CONFIGS) == VERIFIED

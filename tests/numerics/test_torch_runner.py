@@ -17,13 +17,14 @@ from app.core.types import EngineRequest, FinishReason, SamplingParams
 from app.runner.base import TierUnavailable
 from app.runner.torch import cuda_tier
 from app.runner.torch.any_tier import load
+from app.runner.torch.check import probe_model
 from app.runner.torch.executor import Executor
 from app.runner.torch.kv_cache import KVCache, LayerShape
 from app.runner.torch.linear import PackedLinear, pack_linears, packing_works
 from app.runner.torch.loading import choose_dtype, load_model, read_config
 from app.runner.torch.packing import Packer, bucket, context_bucket
 from tests.numerics.driver import Driver, greedy
-from tests.numerics.families import VOCAB, make_model
+from tests.numerics.families import CONFIGS, VOCAB, make_model
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +183,7 @@ def make_executor(folder: Path, *, is_static: bool) -> Executor:
     layers = tuple(LayerShape(index, 2, 16, 16) for index in range(2))
     cache = KVCache(layers, num_blocks=32, block_size=8, dtype=torch.float32, device=torch.device("cpu"))
     packer = Packer(cache, device=torch.device("cpu"), is_static=is_static)
-    return Executor(loaded.model, kv_cache=cache, packer=packer, vocab_size=VOCAB)
+    return Executor(loaded.model, head=None, kv_cache=cache, packer=packer, vocab_size=VOCAB)
 
 
 def entry(row: int, start: int, token_ids: tuple[int, ...], table: tuple[int, ...], need: LogitsNeed) -> PlanEntry:
@@ -216,7 +217,7 @@ def test_static_shapes_bring_the_logits_of_exact_ones(folder: Path) -> None:
     for plan in PLANS:
         one, other = exact.run(plan), static.run(plan)
         assert one.spans == other.spans
-        assert torch.allclose(one.logits, other.logits, atol=1e-5)
+        assert torch.allclose(one.rows(slice(None)), other.rows(slice(None)), atol=1e-5)
 
 
 def test_logits_come_in_the_plan_s_order(folder: Path) -> None:
@@ -230,6 +231,14 @@ def test_logits_come_in_the_plan_s_order(folder: Path) -> None:
 def test_buckets() -> None:
     assert [bucket(size) for size in (1, 2, 3, 9, 64, 65, 128, 129)] == [1, 2, 4, 16, 64, 128, 128, 192]
     assert [context_bucket(size) for size in (1, 2, 3, 4, 5, 7, 8, 9, 13, 17)] == [1, 2, 3, 4, 6, 8, 8, 12, 16, 24]
+
+
+def test_every_family_s_head_splits_off(tmp_path: Path) -> None:
+    """Where it did not, prompt logprobs would still be right and take more memory."""
+    for family in CONFIGS:
+        make_model(family, tmp_path / family)
+        probed = probe_model(load_model(config(tmp_path / family), torch.device("cpu")).model, torch.device("cpu"))
+        assert probed.head is not None, family
 
 
 # Rows

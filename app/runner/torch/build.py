@@ -9,7 +9,7 @@ from app.core.errors import ConfigurationError
 from app.runner.base import RunnerInfo
 from app.runner.memory import KVPlan, available_memory, plan_kv
 from app.runner.sampling import SAMPLER_EPOCH
-from app.runner.torch.check import check_against_transformers, measure_token_budget, probe_layers
+from app.runner.torch.check import Probed, check_against_transformers, measure_token_budget, probe_model
 from app.runner.torch.digest import weights_digest
 from app.runner.torch.executor import Executor
 from app.runner.torch.families import VERIFIED, context_length
@@ -29,9 +29,9 @@ _ROW_DEPENDENT = "rows not independent: a prefill chunk and a decode step add up
 def build_runner(config: EngineConfig, *, tier: str, device: torch.device, reason: str) -> TorchRunner:
     """Load, check, measure. Raises TierUnavailable or ConfigurationError, with the reason."""
     loaded = load_model(config, device)
-    layers, vocab_size = probe_layers(loaded.model, device)
-    kv_plan = _plan_kv(config, loaded, layers)
-    executor = _executor(loaded, layers, kv_plan, vocab_size=vocab_size)
+    probed = probe_model(loaded.model, device)
+    kv_plan = _plan_kv(config, loaded, probed.layers)
+    executor = _executor(loaded, probed, kv_plan)
     if loaded.config.model_type not in VERIFIED:
         check_against_transformers(executor, loaded.model)
     budget = config.max_num_batched_tokens
@@ -44,7 +44,7 @@ def build_runner(config: EngineConfig, *, tier: str, device: torch.device, reaso
         tier_reason=f"{reason}, dtype {loaded.dtype_reason}; {_ROW_DEPENDENT}",
         device=str(device),
         dtype=dtype,
-        vocab_size=vocab_size,
+        vocab_size=probed.vocab_size,
         max_model_len=kv_plan.max_model_len,
         num_kv_blocks=kv_plan.num_blocks,
         block_size=kv_plan.block_size,
@@ -83,16 +83,16 @@ def _available_bytes(device: torch.device) -> int:
     return available_memory()
 
 
-def _executor(loaded: LoadedModel, layers: tuple[LayerShape, ...], kv_plan: KVPlan, *, vocab_size: int) -> Executor:
+def _executor(loaded: LoadedModel, probed: Probed, kv_plan: KVPlan) -> Executor:
     kv_cache = KVCache(
-        layers,
+        probed.layers,
         num_blocks=kv_plan.num_blocks,
         block_size=kv_plan.block_size,
         dtype=loaded.dtype,
         device=loaded.device,
     )
     packer = Packer(kv_cache, device=loaded.device, is_static=loaded.device.type != "cpu")
-    return Executor(loaded.model, kv_cache=kv_cache, packer=packer, vocab_size=vocab_size)
+    return Executor(loaded.model, head=probed.head, kv_cache=kv_cache, packer=packer, vocab_size=probed.vocab_size)
 
 
 def _fingerprint(config: EngineConfig, loaded: LoadedModel, *, tier: str, dtype: str) -> str:

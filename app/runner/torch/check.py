@@ -1,6 +1,7 @@
 """What is learnt from running a freshly loaded model: shapes, agreement with transformers, speed."""
 
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from app.core.plan import LogitsNeed, PlanEntry, StepPlan
 from app.runner.base import TierUnavailable
 from app.runner.torch.attention.interface import PAGED, ShapeProbe, UnsupportedAttention
 from app.runner.torch.executor import Executor
+from app.runner.torch.head import OutputHead, split_head
 from app.runner.torch.kv_cache import LayerShape
 
 _CHECK_TOKENS = 24
@@ -22,18 +24,30 @@ _MOST_TOKENS = 8192
 """Of a step, however fast the device: activations and prompt logits grow with them."""
 
 
-def probe_layers(model: PreTrainedModel, device: torch.device) -> tuple[tuple[LayerShape, ...], int]:
-    """KV shapes of the attention layers and the width of the logits, from one pass over two tokens.
+@dataclass(frozen=True)
+class Probed:
+    """What one pass over two tokens shows."""
+
+    layers: tuple[LayerShape, ...]
+    vocab_size: int
+    """Width of the logits."""
+    head: OutputHead | None
+
+
+def probe_model(model: PreTrainedModel, device: torch.device) -> Probed:
+    """KV shapes of the attention layers, width of the logits, and the head if it splits off.
 
     Raises TierUnavailable where the model does not go through the attention interface as it should.
     """
     probe = ShapeProbe()
-    ids = torch.zeros((1, 2), dtype=torch.int64, device=device)
-    positions = torch.arange(2, device=device)[None]
-    keep = torch.tensor([1], device=device)
+    inputs = {
+        "input_ids": torch.ones((1, 2), dtype=torch.int64, device=device),
+        "position_ids": torch.arange(2, device=device)[None],
+        "use_cache": False,
+    }
     try:
         with torch.inference_mode():
-            out = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep, paged=probe)
+            out = model(**inputs, logits_to_keep=torch.tensor([1], device=device), paged=probe)
     except UnsupportedAttention as error:
         raise TierUnavailable(f"{model.config.model_type} does not fit the attention interface: {error}") from error
     except Exception as error:  # whatever a foreign model's code raises, it is a model that cannot run here
@@ -49,7 +63,8 @@ def probe_layers(model: PreTrainedModel, device: torch.device) -> tuple[tuple[La
         )
     if out.logits.shape[:2] != (1, 1):
         raise TierUnavailable(f"{model.config.model_type} computes logits of all tokens, asked for one")
-    return tuple(probe.layers), out.logits.shape[-1]
+    head = split_head(model, inputs | {"paged": ShapeProbe()}, out.logits)
+    return Probed(tuple(probe.layers), out.logits.shape[-1], head)
 
 
 def check_against_transformers(executor: Executor, model: PreTrainedModel) -> None:
@@ -79,7 +94,7 @@ def run_chunks(executor: Executor, token_ids: list[int], chunks: tuple[int, ...]
     for size in chunks:
         chunk = tuple(token_ids[start : start + size])
         entry = PlanEntry(0, start, chunk, 0, table, 0, LogitsNeed.ALL, False)
-        parts.append(executor.run(StepPlan(0, (entry,))).logits.float())
+        parts.append(executor.run(StepPlan(0, (entry,))).rows(slice(None)))
         start += size
     return torch.cat(parts)
 
@@ -97,5 +112,5 @@ def _prefill_seconds(executor: Executor, num_tokens: int) -> float:
     table = tuple(range(-(-num_tokens // executor.block_size)))
     entry = PlanEntry(0, 0, (0,) * num_tokens, 0, table, 0, LogitsNeed.LAST, False)
     begin = time.perf_counter()
-    float(executor.run(StepPlan(0, (entry,))).logits[0, 0])  # waits for the device
+    float(executor.run(StepPlan(0, (entry,))).rows(slice(None))[0, 0])  # waits for the device
     return time.perf_counter() - begin

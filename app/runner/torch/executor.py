@@ -7,25 +7,42 @@ from transformers import PreTrainedModel
 
 from app.core.plan import StepPlan
 from app.runner.torch.attention.context import AttentionContext
+from app.runner.torch.head import OutputHead
 from app.runner.torch.kv_cache import KVCache
 from app.runner.torch.packing import Packer
 
 
 @dataclass(frozen=True)
 class StepLogits:
-    """Logits of one step, on the device, in the model's dtype."""
+    """Logits of one step, on the device; made when they are asked for, where the family's head splits off."""
 
-    logits: torch.Tensor
-    """(num_logits, vocab_size)."""
+    states: torch.Tensor
+    """(num_logits, hidden_size) in front of `head`, or the logits themselves where there is none."""
+    head: OutputHead | None
     spans: tuple[slice, ...]
-    """For each entry of the plan, its rows of `logits`."""
+    """For each entry of the plan, its rows."""
+
+    @torch.inference_mode()
+    def rows(self, indices: slice | torch.Tensor) -> torch.Tensor:
+        """Logits (num_rows, vocab_size) in float32 of some rows. Ask for few at a time."""
+        states = self.states[indices]
+        return (states if self.head is None else self.head(states)).float()
 
 
 class Executor:
     """Runs plans on one device. A step's KV is written by the pass that computes its logits."""
 
-    def __init__(self, model: PreTrainedModel, *, kv_cache: KVCache, packer: Packer, vocab_size: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        head: OutputHead | None,
+        kv_cache: KVCache,
+        packer: Packer,
+        vocab_size: int,
+    ) -> None:
         self._model = model
+        self._head = head
         self._kv_cache = kv_cache
         self._packer = packer
         self.vocab_size = vocab_size
@@ -39,12 +56,14 @@ class Executor:
         """Compute all tokens of a plan. Returns at once on a GPU."""
         batch = self._packer.pack(plan)
         self._kv_cache.clear(batch.new_blocks)
-        out = self._model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=None,
-            use_cache=False,
-            logits_to_keep=batch.logits_indices,
-            paged=AttentionContext(batch, self._kv_cache, self.dtype),
-        )
-        return StepLogits(out.logits[0], batch.logits_spans)
+        inputs = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "use_cache": False,
+            "paged": AttentionContext(batch, self._kv_cache, self.dtype),
+        }
+        if self._head is None:
+            states = self._model(**inputs, logits_to_keep=batch.logits_indices).logits[0]
+        else:
+            states = self._model.base_model(**inputs).last_hidden_state[0].index_select(0, batch.logits_indices)
+        return StepLogits(states, self._head, batch.logits_spans)

@@ -57,7 +57,7 @@ class TorchRunner:
         assert isinstance(forward, StepLogits)
         drawn = self._draw(plan, forward)
         rows = (
-            self._result(entry, forward.logits[span], drawn.get(entry.row))
+            self._result(entry, forward, span, drawn.get(entry.row))
             for entry, span in zip(plan.entries, forward.spans, strict=True)
         )
         return StepResult(plan.step_id, tuple(rows))
@@ -74,8 +74,8 @@ class TorchRunner:
         ]
         if not sampled:
             return {}
-        index = torch.tensor([last for _, last in sampled], device=forward.logits.device)
-        logits = forward.logits.index_select(0, index).float()  # (num_sampled, vocab_size)
+        index = torch.tensor([last for _, last in sampled], device=forward.states.device)
+        logits = forward.rows(index)  # (num_sampled, vocab_size)
         requests = [
             DrawRequest(self._rows[entry.row].sampler, entry.start + len(entry.token_ids)) for entry, _ in sampled
         ]
@@ -84,11 +84,11 @@ class TorchRunner:
         )
         return {entry.row: one for (entry, _), one in zip(sampled, drawn, strict=True)}
 
-    def _result(self, entry: PlanEntry, logits: torch.Tensor, drawn: Drawn | None) -> RowResult:
+    def _result(self, entry: PlanEntry, forward: StepLogits, span: slice, drawn: Drawn | None) -> RowResult:
         if drawn is not None and drawn.error is not None:
             return RowResult(entry.row, error=drawn.error)
         try:
-            prompt_logprobs = self._score(entry, logits)
+            prompt_logprobs = self._score(entry, forward, span.start)
         except RowError as error:
             return RowResult(entry.row, error=str(error))
         if drawn is None:
@@ -96,7 +96,7 @@ class TorchRunner:
         logprobs = () if drawn.logprobs is None else (drawn.logprobs,)
         return RowResult(entry.row, (drawn.token_id,), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
-    def _score(self, entry: PlanEntry, logits: torch.Tensor) -> tuple[TokenLogprobs, ...]:
+    def _score(self, entry: PlanEntry, forward: StepLogits, first_row: int) -> tuple[TokenLogprobs, ...]:
         """Prompt logprobs of the positions after the entry's first, as far as they are in the prompt."""
         start = self._rows[entry.row].start
         num_top = start.params.num_prompt_logprobs
@@ -106,7 +106,8 @@ class TorchRunner:
         scored: list[TokenLogprobs] = []
         for first in range(0, len(next_ids), _SCORE_ROWS):
             ids = next_ids[first : first + _SCORE_ROWS]
-            scored.extend(score_prompt(logits[first : first + len(ids)].float().cpu().numpy(), ids, num_top))
+            logits = forward.rows(slice(first_row + first, first_row + first + len(ids)))
+            scored.extend(score_prompt(logits.cpu().numpy(), ids, num_top))
         return tuple(scored)
 
 
