@@ -83,7 +83,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _words(error: OSError) -> str:
-    return str(error) if error.errno is None or isinstance(error, socket.gaierror) else os.strerror(error.errno)
+    return os.strerror(error.errno) if error.errno is not None and error.errno > 0 else str(error)
 
 
 async def _check(settings: Settings, start: _Start) -> int:
