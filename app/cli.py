@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from app import __version__
 from app.console import answer, remark
 from app.core.errors import ConfigurationError
+from app.terminal.commands import register as register_terminal
 
 if TYPE_CHECKING:
     from app.settings import Settings
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     pull.set_defaults(command=_pull)
 
     commands.add_parser("list", help="list the catalogue and what is in the cache").set_defaults(command=_list)
+    register_terminal(commands)
     return parser
 
 
