@@ -76,6 +76,7 @@ def make_context(
         sampling_defaults=folder.generation_defaults if settings.generation_config == "model" else OpenAIDefaults(),
         limits=ApiLimits(max_body_size=settings.max_body_size, unknown_fields=UnknownFields(settings.unknown_fields)),
         version=__version__,
+        page=settings.page,
         runs_engine=runs_engine,
         drain_timeout=settings.drain_timeout,
     )

@@ -69,6 +69,7 @@ class Settings(BaseSettings):
     enable_prefix_caching: bool = Field(True, description="share the KV of equal prompt prefixes")
     num_threads: int | None = Field(None, ge=1, description="threads that compute; default: from the cores given to us")
 
+    page: bool = Field(True, description="answer browsers at / with a page to try the model and watch the engine")
     unknown_fields: Literal["refuse", "report"] = Field(
         "refuse", description="request fields that we do not know: 400, or named in the header Headwater-Ignored"
     )

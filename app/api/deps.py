@@ -67,6 +67,8 @@ class ServerContext:
     version: str
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix time for /v1/models."""
+    page: bool = True
+    """Whether `/` answers with the page for a browser."""
     runs_engine: bool = False
     """Whether the application's lifespan starts and stops the engine client."""
     drain_timeout: float = 0.0

@@ -16,7 +16,7 @@ from app.api.respond import ErrorResponse
 from app.observability.metrics import Metrics
 
 _SANE_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
-_QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics"})
+_QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics", "/engine"})
 """Asked every few seconds by machines: logged at debug level."""
 _UNMATCHED = "unmatched"
 

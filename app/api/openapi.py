@@ -6,7 +6,7 @@ import msgspec
 from fastapi import FastAPI
 
 from app.api.errors import ErrorBody
-from app.api.schemas import completions, server, tokens
+from app.api.schemas import completions, engine, server, tokens
 
 _TEMPLATE = "#/components/schemas/{name}"
 _TYPES: tuple[type[msgspec.Struct], ...] = (
@@ -18,6 +18,7 @@ _TYPES: tuple[type[msgspec.Struct], ...] = (
     server.Readiness,
     server.Liveness,
     server.Version,
+    engine.EngineView,
     tokens.TokenizeRequest,
     tokens.TokenizeResponse,
     tokens.DetokenizeRequest,

@@ -116,6 +116,10 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     total_preemptions: int
     total_prefix_query_tokens: int
     total_prefix_hit_tokens: int
+    num_kv_blocks_shared: int = 0
+    """Blocks in use that several sequences hold."""
+    num_kv_blocks_cached: int = 0
+    """Blocks not in use whose contents a prefix can still find."""
 
 
 class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):

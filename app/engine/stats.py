@@ -36,4 +36,6 @@ def step_stats(work: StepWork, counts: SchedulerCounts, *, num_kv_blocks: int) -
         total_preemptions=counts.total_preemptions,
         total_prefix_query_tokens=counts.total_prefix_query_tokens,
         total_prefix_hit_tokens=counts.total_prefix_hit_tokens,
+        num_kv_blocks_shared=counts.num_kv_blocks_shared,
+        num_kv_blocks_cached=counts.num_kv_blocks_cached,
     )

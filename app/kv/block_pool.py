@@ -22,6 +22,7 @@ class BlockPool:
         self._free_sealed: OrderedDict[int, None] = OrderedDict()
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
+        self._num_shared = 0
 
     @property
     def num_free(self) -> int:
@@ -32,6 +33,16 @@ class BlockPool:
     def num_held(self) -> int:
         """Blocks that at least one block table names."""
         return self.num_blocks - self.num_free
+
+    @property
+    def num_shared(self) -> int:
+        """Held blocks that more than one block table names."""
+        return self._num_shared
+
+    @property
+    def num_cached(self) -> int:
+        """Free blocks that can still be found by hash."""
+        return len(self._free_sealed)
 
     def ref_count(self, block_id: int) -> int:
         """How many block tables name this block."""
@@ -56,12 +67,14 @@ class BlockPool:
         if self._ref_counts[block_id] == 0:
             del self._free_sealed[block_id]
         self._ref_counts[block_id] += 1
+        self._num_shared += self._ref_counts[block_id] == 2
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Give up a block table. Its tail is evicted before its head, which more prefixes share."""
         for block_id in reversed(block_ids):
             self._ref_counts[block_id] -= 1
             if self._ref_counts[block_id] > 0:
+                self._num_shared -= self._ref_counts[block_id] == 1
                 continue
             if block_id in self._hash_of:
                 self._free_sealed[block_id] = None

@@ -29,6 +29,16 @@ class Histogram(Collector):
         """Observations so far."""
         return sum(self._counts)
 
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """Inclusive upper bounds; one more bucket is open."""
+        return self._bounds
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Observations so far, by bucket."""
+        return tuple(self._counts)
+
     def observe(self, value: float, times: int = 1) -> None:
         """Count `value`, `times` times."""
         self._counts[bisect_left(self._bounds, value)] += times

@@ -7,6 +7,7 @@ vLLM: `n` samples of a prompt are n of them. The sum over `request_success_total
 sequences that were admitted and have ended.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from app.core.types import EngineLimits, FinishReason, StepStats
+from app.observability.activity import Activity
 from app.observability.histogram import Histogram
 
 TTFT_BOUNDS = (
@@ -61,6 +63,8 @@ class Metrics:
         self._last_step = (0, -1)
         self._last_totals = (0, 0, 0)
         self._make_request_metrics()
+        self.activity = Activity(ttft=self.time_to_first_token, itl=self.inter_token_latency)
+        """The last minute, for the live view."""
         self._make_step_metrics()
         self._make_http_metrics()
 
@@ -91,6 +95,7 @@ class Metrics:
         self._last_totals = totals
         self.step_seconds.observe(stats.step_seconds)
         self.iteration_tokens.observe(stats.num_prefill_tokens + stats.num_decode_tokens)
+        self.activity.observe_step(generation, stats, now=time.monotonic())
 
     def count_finish(self, reason: FinishReason) -> None:
         """One sequence ended."""

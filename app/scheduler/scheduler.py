@@ -38,6 +38,10 @@ class SchedulerCounts(msgspec.Struct, frozen=True):
     total_prefix_query_tokens: int
     """Tokens of sequences at their first admission, as far as they may come from the cache."""
     total_prefix_hit_tokens: int
+    num_kv_blocks_shared: int
+    """Those of the held blocks that several sequences hold."""
+    num_kv_blocks_cached: int
+    """Free blocks that can still be found by hash."""
 
 
 class Scheduler:
@@ -78,6 +82,8 @@ class Scheduler:
             total_preemptions=self._total_preemptions,
             total_prefix_query_tokens=self._total_prefix_query_tokens,
             total_prefix_hit_tokens=self._total_prefix_hit_tokens,
+            num_kv_blocks_shared=self._kv.pool.num_shared,
+            num_kv_blocks_cached=self._kv.pool.num_cached,
         )
 
     def add(self, request: EngineRequest, now: float) -> EngineOutput | None:

@@ -111,6 +111,7 @@ def make_context(
     defaults: SamplingDefaults | None = None,
     prefix: str = "headwater_",
     runs_engine: bool = False,
+    page: bool = True,
 ) -> ServerContext:
     """A context with what a test does not care about filled in."""
     metrics = Metrics(model_name=MODEL, prefix=prefix)
@@ -124,6 +125,7 @@ def make_context(
         limits=ApiLimits() if limits is None else limits,
         version="0.0-test",
         runs_engine=runs_engine,
+        page=page,
     )
 
 

@@ -38,10 +38,12 @@ def test_a_block_is_free_once_its_last_holder_gives_it_up() -> None:
     (block_id,) = pool.take(1)
     pool.seal(block_id, name(1))
     pool.retain(block_id)
+    assert (pool.num_shared, pool.num_cached) == (1, 0)
     pool.release([block_id])
     assert (pool.ref_count(block_id), pool.num_free) == (1, 1)
     pool.release([block_id])
     assert (pool.ref_count(block_id), pool.num_free) == (0, 2)
+    assert (pool.num_shared, pool.num_cached) == (0, 1)
 
 
 def test_a_free_sealed_block_is_found_and_revived() -> None:

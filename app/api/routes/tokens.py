@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from msgspec import UNSET
 
 from app.api.body import check_headers, read_body
 from app.api.deps import ServerContext
@@ -59,7 +60,8 @@ def routes(context: ServerContext) -> APIRouter:
         context.check_model(body.model)
         check_token_ids(body.tokens, field="tokens", vocab_size=context.known_limits().vocab_size)
         text = await asyncio.to_thread(context.tokenizer.decode, body.tokens, False)
-        return JsonResponse(DetokenizeResponse(prompt=text))
+        spelled = await asyncio.to_thread(_spell, body.tokens, context.tokenizer) if body.return_token_strs else UNSET
+        return JsonResponse(DetokenizeResponse(prompt=text, token_strs=spelled))
 
     @router.get("/tokenizer_info", responses=json_reply(TokenizerInfo), response_class=Response)
     async def tokenizer_info() -> Response:

@@ -29,12 +29,15 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
     tokens: Annotated[list[int], Meta(max_length=1_000_000)]
     model: str | None = None
+    return_token_strs: bool | None = None
 
 
 class DetokenizeResponse(msgspec.Struct, frozen=True, kw_only=True):
     """The text of the ids, special tokens included."""
 
     prompt: str
+    token_strs: list[str] | msgspec.UnsetType = msgspec.UNSET
+    """Where asked for: each token alone, as in log-probabilities."""
 
 
 class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
