@@ -68,6 +68,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """Requests with different salts never share KV blocks."""
     priority: int = 0
     """Orders the waiting queue only; lower goes first."""
+    is_on_probation: bool = False
+    """An engine died in a step that computed it: compute it in steps of its own until it has brought a token."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -5,7 +5,8 @@ first to running sequences, in the order in which they were admitted, then to wa
 chunked prefill, decode, prefix-cache hits and preemption by recompute; there are no modes.
 
 Invariants:
-- a sequence is in exactly one place: the waiting queue, the gate, or the running list;
+- a sequence is in exactly one place: the waiting queue, the queue of those on probation, the gate, or the
+  running list;
 - the oldest running sequence is never preempted, and its context fits the pool, so each step makes progress;
 - blocks and row of a sequence in a step that has not come back are given to nobody else, aborted or not;
 - every sequence is answered with exactly one finish reason, unless it is aborted.
@@ -21,6 +22,7 @@ from app.kv.manager import KVManager, PrefixMatch
 from app.scheduler.config import SchedulerConfig
 from app.scheduler.finish import Finish, FinishRules
 from app.scheduler.gates import PrefixGate, num_common_blocks
+from app.scheduler.probation import Probation, num_lone_tokens
 from app.scheduler.queue import WaitingQueue
 from app.scheduler.rows import Rows
 from app.scheduler.sequence import Sequence
@@ -57,6 +59,7 @@ class Scheduler:
             config.num_kv_blocks, block_size=config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
         self._queue = WaitingQueue()
+        self._probation = Probation()
         self._gate = PrefixGate()
         self._rows = Rows(config.max_num_seqs)
         self._running: list[Sequence] = []
@@ -77,7 +80,7 @@ class Scheduler:
         """Where things stand now."""
         return SchedulerCounts(
             num_running=len(self._running),
-            num_waiting=len(self._queue) + len(self._gate),
+            num_waiting=len(self._queue) + len(self._probation) + len(self._gate),
             num_kv_blocks_used=self._kv.pool.num_held,
             total_preemptions=self._total_preemptions,
             total_prefix_query_tokens=self._total_prefix_query_tokens,
@@ -101,7 +104,7 @@ class Scheduler:
             return EngineOutput(request.request_id, finish_reason=finish.reason, stop_token_id=finish.stop_token_id)
         self._num_added += 1
         self._sequences[request.request_id] = sequence
-        self._queue.push(sequence)
+        self._requeue([sequence])
         return None
 
     def abort(self, request_ids: Iterable[str]) -> int:
@@ -117,11 +120,15 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """The next step's work, or None where there is nothing to compute now."""
         step = Step(self._config.max_num_batched_tokens)
-        num_preemptions = self._total_preemptions
-        self._continue_running(step)
-        if self._total_preemptions == num_preemptions:  # whoever came in now would be the next victim
-            self._admit_waiting(step, now)
-        if not step.entries:
+        for is_lone in self._probation.turns():
+            if is_lone:
+                self._continue_trial(step, now)
+            else:
+                self._continue_others(step, now)
+            if step.entries:
+                self._probation.note_step(is_lone=is_lone)
+                break
+        else:
             return None
         self._num_steps += 1
         self._in_flight[self._num_steps] = step.sequences
@@ -164,14 +171,51 @@ class Scheduler:
 
     def _drop(self, sequence: Sequence) -> None:
         sequence.is_aborted = True
-        if self._queue.discard(sequence) or self._gate.discard(sequence):
+        if self._queue_of(sequence).discard(sequence) or self._gate.discard(sequence):
             return
-        self._running.remove(sequence)
+        self._stop_running(sequence)
         self._requeue(self._gate.end(sequence))
         if not sequence.is_in_flight:  # otherwise the step may still write to its blocks: `apply` releases them
             self._release(sequence)
 
     # Scheduling
+
+    def _continue_others(self, step: Step, now: float) -> None:
+        """A step of all who are not on probation."""
+        num_preemptions = self._total_preemptions
+        self._continue_running(step)
+        if self._total_preemptions == num_preemptions:  # whoever came in now would be the next victim
+            self._admit_waiting(step, now)
+
+    def _continue_trial(self, step: Step, now: float) -> None:
+        """A step of one sequence on probation alone."""
+        trial = self._probation.trial or self._admit_trial(now)
+        if trial is None or trial.is_in_flight:
+            return
+        num_tokens = num_lone_tokens(trial, step.num_tokens_for(trial))
+        end = trial.num_computed_tokens + num_tokens
+        if end <= trial.blocks.view_tokens or self._make_room(trial, end):
+            step.add(trial, num_tokens)
+
+    def _admit_trial(self, now: float) -> Sequence | None:
+        probation = self._probation
+        probation.lacks_room = False
+        while sequence := probation.front:
+            match = self._kv.match(sequence.blocks, sequence.token_ids, limit=sequence.max_cached_tokens)
+            if producer := self._gate.producer_of(match.missing):
+                self._hold(sequence, producer, num_matched=match.num_blocks)
+                continue
+            probation.lacks_room = not (
+                self._rows.has_free
+                and self._kv.admit(sequence.blocks, sequence.token_ids, num_matched=match.num_blocks)
+            )
+            if probation.lacks_room:
+                return None
+            probation.discard(sequence)
+            self._start(sequence, match, now)
+            probation.trial = sequence
+            return sequence
+        return None
 
     def _continue_running(self, step: Step) -> None:
         running = self._running
@@ -179,7 +223,7 @@ class Scheduler:
         while index < len(running) and step.budget > 0:  # preemption shortens the list at its end
             sequence = running[index]
             index += 1
-            if sequence.is_in_flight:
+            if sequence.is_in_flight or sequence is self._probation.trial:
                 continue
             num_tokens = step.num_tokens_for(sequence)
             end = sequence.num_computed_tokens + num_tokens
@@ -205,12 +249,14 @@ class Scheduler:
         return None
 
     def _preempt(self, victim: Sequence) -> None:
-        self._running.remove(victim)
+        self._stop_running(victim)
         self._release(victim)
         self._total_preemptions += 1
         self._requeue([victim, *self._gate.end(victim)])
 
     def _admit_waiting(self, step: Step, now: float) -> None:
+        if self._probation.lacks_room:
+            return
         while step.budget > 0 and self._rows.has_free and (sequence := self._queue.front):
             match = self._kv.match(sequence.blocks, sequence.token_ids, limit=sequence.max_cached_tokens)
             if producer := self._gate.producer_of(match.missing):
@@ -229,7 +275,7 @@ class Scheduler:
         block_size = self._config.block_size
         limit = sequence.max_cached_tokens // block_size
         num_blocks = num_common_blocks(sequence, producer, known=num_matched, limit=limit, block_size=block_size)
-        self._queue.discard(sequence)
+        self._queue_of(sequence).discard(sequence)
         self._gate.hold(sequence, producer, num_blocks=num_blocks)
 
     def _start(self, sequence: Sequence, match: PrefixMatch, now: float) -> None:
@@ -286,6 +332,9 @@ class Scheduler:
 
     def _take_tokens(self, sequence: Sequence, token_ids: tuple[int, ...]) -> tuple[int, Finish | None]:
         """Append drawn tokens up to the one that ends the sequence; returns how many, and the end."""
+        if token_ids and sequence.is_on_probation:
+            sequence.is_on_probation = False
+            self._probation.end(sequence)
         for index, token_id in enumerate(token_ids):
             sequence.token_ids.append(token_id)
             if finish := sequence.rules.check(sequence.token_ids):
@@ -302,7 +351,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
-        self._running.remove(sequence)
+        self._stop_running(sequence)
         self._requeue(self._gate.end(sequence))
         self._release(sequence)
 
@@ -318,9 +367,16 @@ class Scheduler:
         self._rows.release(sequence.row)
         sequence.leave_row()
 
+    def _stop_running(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._probation.end(sequence)
+
     def _requeue(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
-            self._queue.push(sequence)
+            self._queue_of(sequence).push(sequence)
+
+    def _queue_of(self, sequence: Sequence) -> WaitingQueue | Probation:
+        return self._probation if sequence.is_on_probation else self._queue
 
 
 def _failure(sequence: Sequence, message: str) -> EngineOutput:

@@ -24,6 +24,7 @@ class Sequence:
         "is_aborted",
         "is_in_flight",
         "is_new_row",
+        "is_on_probation",
         "is_scoring",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -62,6 +63,8 @@ class Sequence:
         self.is_in_flight = False
         """It is part of a step whose result has not come back."""
         self.is_aborted = False
+        self.is_on_probation = request.is_on_probation
+        """It runs in steps of its own until it has brought a token."""
         self.was_admitted = False
         """It has run: where it waits again, it was preempted."""
         self.is_scoring = request.params.max_tokens == 0

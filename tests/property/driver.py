@@ -184,6 +184,9 @@ class Driver:
         assert all(entry.token_ids for entry in plan.entries)
         rows = [entry.row for entry in plan.entries]
         assert len(set(rows)) == len(rows), "a sequence twice in one step"
+        assert len(rows) == 1 or not any(s.is_on_probation for s in self.scheduler._in_flight[plan.step_id]), (
+            "a sequence on probation has company"
+        )
         in_flight_blocks = {
             block for other, _ in self._in_flight for entry in other.entries for block in entry.block_table
         }
@@ -220,12 +223,18 @@ class Driver:
     def _check_places(self) -> None:
         scheduler = self.scheduler
         waiting = scheduler._queue._sequences
+        on_probation = scheduler._probation._queue._sequences
         held = scheduler._gate._producer_of_held
-        places = [*scheduler._running, *waiting, *held]
+        places = [*scheduler._running, *waiting, *on_probation, *held]
         assert sorted(sequence.request_id for sequence in places) == sorted(scheduler._sequences)
         assert set(scheduler._sequences) == set(self.live_ids)
-        assert all(sequence.row == NO_ROW and not sequence.blocks.block_ids for sequence in [*waiting, *held])
-        assert all(sequence.num_computed_tokens == 0 for sequence in [*waiting, *held])
+        idle = [*waiting, *on_probation, *held]
+        assert all(sequence.row == NO_ROW and not sequence.blocks.block_ids for sequence in idle)
+        assert all(sequence.num_computed_tokens == 0 for sequence in idle)
+        assert not any(s.is_on_probation for s in waiting) and all(s.is_on_probation for s in on_probation)
+        assert [s for s in scheduler._running if s.is_on_probation] == (
+            [] if scheduler._probation.trial is None else [scheduler._probation.trial]
+        )
         assert [s.queue_key for s in waiting] == sorted(s.queue_key for s in waiting)
         running = set(scheduler._running)
         assert all(producer in running for producer in held.values()), "held for a sequence that does not run"

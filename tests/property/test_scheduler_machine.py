@@ -1,5 +1,6 @@
 """Hypothesis looks for a sequence of calls that breaks the scheduler, and shrinks what it finds."""
 
+import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
@@ -61,6 +62,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         num_prompt_logprobs=st.sampled_from([None, None, 1]),
         num_received=st.sampled_from([0, 0, 0, 1, 5, 100]),
+        is_on_probation=st.booleans(),
     )
     def add(
         self,
@@ -74,6 +76,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority: int,
         num_prompt_logprobs: int | None,
         num_received: int,
+        is_on_probation: bool,
     ) -> str:
         prompt = [*document(document_index)[:num_shared], *own]
         request = make_request(
@@ -88,7 +91,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.num_added += 1
         if self._fits(request):
-            self.driver.add(handed_over(request, num_received, config=self.driver.config))
+            request = handed_over(request, num_received, config=self.driver.config)
+            self.driver.add(msgspec.structs.replace(request, is_on_probation=is_on_probation))
         else:
             output = self.driver.scheduler.add(request, 0.0)
             assert output is not None and output.finish_reason is FinishReason.ERROR

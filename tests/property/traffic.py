@@ -2,6 +2,8 @@
 
 import random
 
+import msgspec
+
 from app.core.types import EngineRequest
 from app.scheduler import SchedulerConfig
 from tests.fakes import continuation, make_request
@@ -51,7 +53,10 @@ def random_request(rng: random.Random, request_id: str, *, config: SchedulerConf
         num_logprobs=rng.choice([None, 1]),
         num_prompt_logprobs=rng.choice([None, None, None, 1]),
     )
-    return handed_over(request, rng.randint(0, 10), config=config) if rng.random() < 0.2 else request
+    if rng.random() >= 0.2:
+        return request
+    request = handed_over(request, rng.randint(0, 10), config=config)
+    return msgspec.structs.replace(request, is_on_probation=rng.random() < 0.5)
 
 
 def handed_over(request: EngineRequest, num_received: int, *, config: SchedulerConfig) -> EngineRequest:
