@@ -1,4 +1,4 @@
-"""`python -m loadtest run`: loads a server and reports what its clients saw."""
+"""`python -m loadtest run | compare`: loads a server, or several in turn, and reports what clients saw."""
 
 import argparse
 import asyncio
@@ -12,6 +12,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from loadtest.compare import command as compare
 from loadtest.record import RequestRecord
 from loadtest.report import show, write
 from loadtest.run import RunConfig, RunResult, run_load
@@ -23,8 +24,10 @@ API_KEY_VARIABLE = "OPENAI_API_KEY"
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: every request completed; 1: some did not; 2: the settings cannot be run."""
     options = vars(_parser().parse_args(arguments))
-    output = options.pop("output")
-    del options["command"]
+    command, output = options.pop("command"), options["output"]
+    if command == "compare":
+        return _compare(options)
+    del options["output"]
     try:
         config = msgspec.convert(options, RunConfig)
         _check(config)
@@ -39,6 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write(result, output)
         Console().print(f"Written to {output}", markup=False)
     return 0 if result.summary.completed == config.num_requests else 1
+
+
+def _compare(options: dict[str, object]) -> int:
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        return compare.run(msgspec.convert(options, compare.Options), lambda text: console.print(text, markup=False))
+    except KeyboardInterrupt:
+        return 130
 
 
 def _run(config: RunConfig) -> RunResult:
@@ -71,7 +82,9 @@ def _check(config: RunConfig) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtest", description="Loads OpenAI-compatible servers.")
-    run = parser.add_subparsers(dest="command", required=True).add_parser(
+    commands = parser.add_subparsers(dest="command", required=True)
+    compare.add_parser(commands)
+    run = commands.add_parser(
         "run",
         help="send requests and report latency, throughput and goodput",
         description=f"A key, if the server wants one, is read from {API_KEY_VARIABLE}.",

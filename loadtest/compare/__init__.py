@@ -1,0 +1,1 @@
+"""`python -m loadtest compare`: Headwater beside other servers, the same weights, one machine, one client."""

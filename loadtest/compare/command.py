@@ -1,0 +1,231 @@
+"""The subcommand: which servers, which workloads, how many rounds, in which order; everything else is done elsewhere.
+
+Rounds are interleaved: a round takes every server once, each round begins with the next one, and only one
+server runs at a time. What the results folder holds already is not measured again.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from app.core.errors import ConfigurationError
+from app.store import ModelFolder, default_model, resolve
+from loadtest.compare.measure import Label, Measurement, measure
+from loadtest.compare.peers import Peer, Places, default_peers_dir, peer_table
+from loadtest.compare.probe import probe
+from loadtest.compare.report import write_report
+from loadtest.compare.results import Results, is_done, this_machine
+from loadtest.compare.server import Server, ServerFailed, free_port
+from loadtest.compare.weights import prepare_ggufs
+from loadtest.compare.workloads import WORKLOADS, Workload, run_config, select
+from loadtest.run import RunConfig
+
+QUICK_ROUNDS = 3
+FULL_ROUNDS = 5
+RESULTS = Path("loadtest/results")
+PAGE = Path("docs/benchmarks.md")
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What the command line said."""
+
+    peers: tuple[str, ...]
+    workloads: tuple[str, ...]
+    rounds: int | None
+    quick: bool
+    report: bool
+    list_peers: bool
+    peers_dir: Path
+    output: Path | None
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The options of `compare`."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="measure Headwater beside other servers on this machine",
+        description="Starts each server that is installed, one at a time. Interrupt it and start it again: it goes on.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    names, loads = ", ".join(peer.name for peer in peer_table()), ", ".join(load.name for load in WORKLOADS)
+    add("--peers", nargs="*", default=(), metavar="PEER", help=f"of {names}; default: all installed")
+    add("--workloads", nargs="*", default=(), metavar="LOAD", help=f"of {loads}; default: all")
+    add("--rounds", type=int, help=f"default: {FULL_ROUNDS}, with --quick {QUICK_ROUNDS}")
+    add("--quick", action="store_true", help="half the requests, fewer servers, fewer rounds")
+    add("--report", action="store_true", help="measure nothing: write the tables from what was measured")
+    add("--list-peers", action="store_true", help="say which servers are installed, and how to install the others")
+    add("--peers-dir", type=Path, default=default_peers_dir(os.environ), help="where they are installed")
+    add("--output", type=Path, help=f"results folder; default: {RESULTS}/compare-MACHINE")
+
+
+def run(options: Options, say: Callable[[str], None]) -> int:
+    """0: measured; 1: a server failed, the others were measured; 2: the settings cannot be run."""
+    try:
+        peers, workloads = _select_peers(options), select(options.workloads)
+        num_rounds = options.rounds if options.rounds is not None else (QUICK_ROUNDS if options.quick else FULL_ROUNDS)
+        if num_rounds < 1:
+            raise ValueError(f"--rounds is {num_rounds}; give at least 1")
+        machine = this_machine()
+        results = Results(options.output if options.output is not None else RESULTS / f"compare-{machine.slug}")
+        if options.report:
+            say(_report(results))
+            return 0
+        model = resolve(default_model(), report=say)
+        places = Places(peers=options.peers_dir, model=model.path, model_name=model.name)
+        peers = _installed(peers, places, say)
+        if options.list_peers:
+            return 0
+        results.keep_machine(machine)
+        _prepare(peers, model, places, say)
+    except (ValueError, ConfigurationError) as error:
+        sys.stderr.write(f"loadtest: {error}\n")
+        return 2
+    comparison = Comparison(results, places, workloads, is_quick=options.quick, say=say)
+    is_whole = comparison.run(peers, num_rounds)
+    say(_report(results))
+    return 0 if is_whole else 1
+
+
+class Comparison:
+    """Rounds over servers; each measurement is kept as soon as it is made."""
+
+    def __init__(
+        self,
+        results: Results,
+        places: Places,
+        workloads: Sequence[Workload],
+        *,
+        is_quick: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        self._results = results
+        self._places = places
+        self._workloads = workloads
+        self._is_quick = is_quick
+        self._say = say
+
+    def run(self, peers: Sequence[Peer], num_rounds: int) -> bool:
+        """True where every server answered every time; one that fails is left out of later rounds."""
+        failed: set[str] = set()
+        versions = {peer.name: self._places.version(peer) for peer in peers}
+        for round_index in range(num_rounds):
+            for peer in rotated(peers, round_index):
+                if peer.name not in failed and not self._session(peer, versions[peer.name], round_index):
+                    failed.add(peer.name)
+        return not failed
+
+    def _session(self, peer: Peer, version: str, round_index: int) -> bool:
+        """Start one server and run what is missing of the round. False where it failed."""
+        todo = self._missing(peer, version, round_index)
+        if not todo:
+            return True
+        port = free_port()
+        command, environment = self._places.command(peer, port=port), self._places.environment(peer)
+        fields = request_fields(peer, self._places)
+        log = self._places.peers / "logs" / f"{peer.name}.log"
+        try:
+            with Server(command, environment=environment, port=port, log=log) as server:
+                ready_s = server.wait_ready(fields, timeout_s=peer.ready_timeout_s)
+                self._say(f"round {round_index + 1}, {peer.name} {version}: ready after {ready_s:.1f} s")
+                for workload in todo:
+                    self._measure(peer, version, workload, round_index, server=server, ready_s=ready_s)
+        except ServerFailed as error:
+            self._say(f"{peer.name} failed and is left out: {error}")
+            return False
+        return True
+
+    def _missing(self, peer: Peer, version: str, round_index: int) -> list[Workload]:
+        known = self._results.measurements()
+        return [w for w in self._workloads if not is_done(self._label(peer, version, w, round_index), known)]
+
+    def _measure(
+        self, peer: Peer, version: str, workload: Workload, round_index: int, *, server: Server, ready_s: float
+    ) -> None:
+        def config(attempt: int) -> RunConfig:
+            plain = run_config(
+                workload, url=server.url, is_quick=self._is_quick, round_index=round_index, attempt=attempt
+            )
+            return with_peer(plain, peer, self._places)
+
+        def keep(measurement: Measurement) -> None:
+            self._results.keep(measurement)
+            self._say(line(measurement))
+
+        label = self._label(peer, version, workload, round_index)
+        measure(label, config, probe=probe, ready_s=ready_s, memory_bytes=server.memory_bytes, keep=keep)
+
+    def _label(self, peer: Peer, version: str, workload: Workload, round_index: int) -> Label:
+        return Label(
+            peer=peer.name,
+            version=version,
+            workload=workload.name,
+            is_quick=self._is_quick,
+            round_index=round_index,
+        )
+
+
+def rotated(peers: Sequence[Peer], round_index: int) -> list[Peer]:
+    """The order of a round: each begins with the next server, so that none always follows the same one."""
+    start = round_index % len(peers) if peers else 0
+    return [*peers[start:], *peers[:start]]
+
+
+def with_peer(config: RunConfig, peer: Peer, places: Places) -> RunConfig:
+    """The same run in the words that this server takes."""
+    fields = dict(request_fields(peer, places))
+    model = fields.pop("model", None)
+    return msgspec.structs.replace(
+        config, model=None if model is None else str(model), ignore_eos=peer.ignores_eos, extra_body=fields
+    )
+
+
+def request_fields(peer: Peer, places: Places) -> Mapping[str, object]:
+    """The fields that every request to this server carries."""
+    model = {} if peer.model is None else {"model": places.fill(peer.model)}
+    return model | dict(peer.extra_body)
+
+
+def line(measurement: Measurement) -> str:
+    """One attempt for the terminal."""
+    m = measurement
+    tpot = "-" if m.tpot_ms is None else f"{m.tpot_ms:.1f} ms"
+    ttft = "-" if m.ttft_p90_ms is None else f"{m.ttft_p90_ms:.0f} ms"
+    short = f", {m.num_short} short or failed {m.errors or ''}" if m.num_short else ""
+    steady = "" if m.is_steady else f", peaks moved {m.moved:.0%}"
+    return f"  {m.workload:10} {m.tokens_per_s:7.1f} tok/s, TPOT {tpot}, TTFT p90 {ttft}{short}{steady}"
+
+
+def _select_peers(options: Options) -> list[Peer]:
+    known = {peer.name: peer for peer in peer_table()}
+    for name in options.peers:
+        if name not in known:
+            raise ValueError(f"the server {name!r} is none of {', '.join(known)}")
+    if options.peers:
+        return [known[name] for name in options.peers]
+    return [peer for peer in known.values() if peer.is_quick or not options.quick]
+
+
+def _installed(peers: Sequence[Peer], places: Places, say: Callable[[str], None]) -> list[Peer]:
+    found = []
+    for peer in peers:
+        missing = places.missing(peer)
+        if missing is None:
+            found.append(peer)
+            say(f"{peer.name}: installed")
+        else:
+            say(f"{peer.name}: skipped, no {missing}; {peer.install} (see {PAGE})")
+    return found
+
+
+def _prepare(peers: Sequence[Peer], model: ModelFolder, places: Places, say: Callable[[str], None]) -> None:
+    if any("{gguf}" in part for peer in peers for part in peer.command):
+        prepare_ggufs(model, places.peers, report=say)
+
+
+def _report(results: Results) -> str:
+    return write_report(results, peer_table(), page=PAGE if PAGE.exists() else None)

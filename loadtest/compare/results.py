@@ -1,0 +1,137 @@
+"""The folder of a comparison: measurements.jsonl (every attempt, one line each) and machine.json.
+
+Lines are appended and never rewritten. An interrupted comparison goes on where it stopped: what the file
+holds is not measured again. A line that a crash cut short is dropped when it is read.
+"""
+
+import os
+import platform
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from loadtest.compare.measure import Label, Measurement, needs_another, settle
+
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "bf16", "i8mm")
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """What the figures were measured on."""
+
+    cpu: str
+    num_cores: int
+    """That this process may use."""
+    memory_gib: float
+    flags: tuple[str, ...]
+    kernel: str
+    python: str
+
+    @property
+    def slug(self) -> str:
+        """A folder's name."""
+        return re.sub(r"[^a-z0-9]+", "-", f"{self.cpu} {self.num_cores} cores".lower()).strip("-")
+
+    @property
+    def title(self) -> str:
+        return f"{self.cpu}, {self.num_cores} cores, {self.memory_gib:.0f} GiB"
+
+
+class Results:
+    """One folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._path = folder / "measurements.jsonl"
+
+    def measurements(self) -> list[Measurement]:
+        """All attempts, in the order in which they were made."""
+        if not self._path.exists():
+            return []
+        found = []
+        for line in self._path.read_bytes().split(b"\n"):
+            try:
+                found.append(msgspec.json.decode(line, type=Measurement))
+            except msgspec.DecodeError:
+                continue
+        return found
+
+    def keep(self, measurement: Measurement) -> None:
+        """Append one attempt, on the disk when this returns."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # A line that a crash cut short must not swallow this one.
+        is_cut = self._path.exists() and self._path.read_bytes()[-1:] not in (b"\n", b"")
+        with self._path.open("ab") as file:
+            file.write(b"\n" * is_cut + msgspec.json.encode(measurement) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def keep_machine(self, machine: Machine) -> None:
+        """Write machine.json. Raises ValueError where the folder holds another machine's figures."""
+        path = self.folder / "machine.json"
+        known = self.machine()
+        if known is not None and (known.cpu, known.num_cores) != (machine.cpu, machine.num_cores):
+            raise ValueError(f"{self.folder} holds figures of {known.title}; give another folder by --output")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(machine), indent=2) + b"\n")
+
+    def machine(self) -> Machine | None:
+        """What machine.json says."""
+        path = self.folder / "machine.json"
+        return msgspec.json.decode(path.read_bytes(), type=Machine) if path.exists() else None
+
+
+def is_done(label: Label, measurements: Iterable[Measurement]) -> bool:
+    """Whether this has been measured: steadily, or as often as it may be."""
+    return not needs_another([m for m in measurements if label_of(m) == label])
+
+
+def label_of(measurement: Measurement) -> Label:
+    """What it is of."""
+    return Label(
+        peer=measurement.peer,
+        version=measurement.version,
+        workload=measurement.workload,
+        is_quick=measurement.is_quick,
+        round_index=measurement.round_index,
+    )
+
+
+def counting(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """One measurement a round, of each server's latest version only. Long runs go before quick ones."""
+    latest = {m.peer: m.version for m in measurements}
+    attempts: dict[Label, list[Measurement]] = {}
+    for measurement in measurements:
+        if measurement.version == latest[measurement.peer]:
+            attempts.setdefault(label_of(measurement), []).append(measurement)
+    long = {(label.peer, label.workload) for label in attempts if not label.is_quick}
+    return [
+        settle(tries)
+        for label, tries in attempts.items()
+        if not (label.is_quick and (label.peer, label.workload) in long)
+    ]
+
+
+def this_machine() -> Machine:
+    """From /proc, and what this process may use of it."""
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
+
+    def field(name: str) -> str:
+        found = re.search(rf"^{name}\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
+        return found.group(1).strip() if found else ""
+
+    # A name alone does not tell one generation from the next on a virtual machine.
+    family, model = field("cpu family"), field("model")
+    name = field("model name") or platform.machine()
+    total = re.search(r"^MemTotal:\s*(\d+)", meminfo, re.MULTILINE)
+    has = set((field("flags") or field("Features")).split())
+    return Machine(
+        cpu=f"{name} (family {family} model {model})" if family else name,
+        num_cores=len(os.sched_getaffinity(0)),
+        memory_gib=int(total.group(1)) / (1 << 20) if total else 0.0,
+        flags=tuple(flag for flag in _FLAGS if flag in has),
+        kernel=platform.release(),
+        python=platform.python_version(),
+    )
