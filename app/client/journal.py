@@ -24,10 +24,8 @@ class LiveSequence:
         self.request = request
         self.key = request_key(request.request_id)
         self.received: list[int] = list(request.output_token_ids)
-        self.strikes = 0
-        """Deaths of engines while they computed this sequence, with no token received since it was added."""
-        self.has_progressed = False
-        """A token or a finish was received since it was last handed to an engine."""
+        self.is_on_probation = False
+        """An engine died of itself in a step that computed this sequence, and no token has been received since."""
         self.is_finished = False
         """A finish was received, or its consumer is gone: nothing more is expected."""
         self._num_prompt_logprobs = 0
@@ -39,14 +37,18 @@ class LiveSequence:
 
     def hand_over(self) -> EngineRequest:
         """The request for the next engine: it goes on after the last token received."""
-        self.has_progressed = False
         if not self.received:
             self._num_to_skip = self._num_prompt_logprobs
-            return self.request
+            return msgspec.structs.replace(self.request, is_on_probation=self.is_on_probation)
         params = self.request.params
         if params.num_prompt_logprobs is not None:  # all were received before the first token
             params = msgspec.structs.replace(params, num_prompt_logprobs=None)
-        return msgspec.structs.replace(self.request, params=params, output_token_ids=tuple(self.received))
+        return msgspec.structs.replace(
+            self.request,
+            params=params,
+            output_token_ids=tuple(self.received),
+            is_on_probation=self.is_on_probation,
+        )
 
     def receive(self, output: EngineOutput) -> None:
         """Enter an output of the engine."""
@@ -55,8 +57,7 @@ class LiveSequence:
         output = self._as_one_stream(output)
         if output.token_ids or output.finish_reason is not None:
             self.received += output.token_ids
-            self.has_progressed = True
-            self.strikes = 0
+            self.is_on_probation = False
         self.is_finished = output.finish_reason is not None
         self._outputs.append(output)
         self._wakeup.set()

@@ -16,14 +16,15 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 import msgspec
 
 from app.client.engine_client import EngineState, EngineStatus
-from app.client.handover import HandOver, blame
+from app.client.handover import blame
 from app.client.journal import Journal, LiveSequence
 from app.client.process import EngineLaunch, EngineProcess
+from app.client.quarantine import Quarantine
 from app.client.restart import RestartBudget
 from app.client.settings import Supervision
 from app.client.supervisor import EngineDeath, EngineLife
 from app.core.config import EngineConfig
-from app.core.errors import ConfigurationError, EngineUnavailable
+from app.core.errors import ConfigurationError, EngineFailed, EngineUnavailable
 from app.core.types import EngineLimits, EngineOutput, EngineRequest, FinishReason, StepStats
 from app.ipc.messages import Abort, Add, Ready, StepOutputs
 
@@ -33,6 +34,12 @@ UNKNOWN_LOAD_SECONDS = 4.0
 """What a load is taken to last before the first one was seen."""
 MAX_TOKENS_PER_ADD = 1_000_000
 """Token ids in one Add message, so that handing over many long sequences stays under the frame limit."""
+
+CONVICTED = (
+    "This request ended the engine twice: in a step with others, and then in a step that computed nothing else. "
+    "It was ended and is in quarantine; do not send it again."
+)
+QUARANTINED = "This request ended the engine before and is in quarantine: it is not tried again for ten minutes."
 
 StepObserver = Callable[[int, StepStats], None]
 """Takes the generation and the figures of each step, in order, on the event loop's thread."""
@@ -64,7 +71,7 @@ class LocalEngineClient:
         self._supervision = supervision
         self._on_step = on_step
         self._journal = Journal()
-        self._hand_over = HandOver()
+        self._quarantine = Quarantine()
         self._budget = RestartBudget(supervision)
         self._state = EngineState.STARTING
         self._detail = "the first engine is loading"
@@ -164,6 +171,8 @@ class LocalEngineClient:
     def _admit(self, request: EngineRequest) -> LiveSequence:
         if self._life is None or self._state is not EngineState.READY or self._is_draining:
             raise self._refusal()
+        if self._quarantine.holds(request):
+            raise EngineFailed(QUARANTINED)
         sequence = self._journal.admit(request)
         self._empty.clear()
         self._life.has_live = True
@@ -188,11 +197,6 @@ class LocalEngineClient:
 
     def _note_departures(self) -> None:
         """Sequences may have left the journal."""
-        if not self._hand_over.is_complete and self._state is EngineState.READY:
-            self._send_all(self._hand_over.release())
-        self._note_live()
-
-    def _note_live(self) -> None:
         is_empty = not len(self._journal)
         if is_empty:
             self._empty.set()
@@ -235,7 +239,7 @@ class LocalEngineClient:
             self._life = None
             self._mark_dead(death)
             await life.end()
-            counts = not self._blame(life)
+            counts = not self._blame(death, life)
             return self._after_death(death, ready_seconds=ready_seconds, counts=counts)
         finally:
             self._life = None
@@ -253,7 +257,7 @@ class LocalEngineClient:
             has_ended = has_ended or (sequence is not None and sequence.is_finished)
         if has_tokens:
             self._budget.forgive()
-        if has_ended or not self._hand_over.is_complete:
+        if has_ended:
             self._note_departures()
         if self._on_step is not None:
             self._on_step(message.generation, message.stats)
@@ -264,8 +268,8 @@ class LocalEngineClient:
         self._limits = ready.limits
         self._state = EngineState.READY
         self._detail = f"generation {ready.generation} is ready"
-        self._send_all(self._hand_over.begin(self._journal))
-        self._note_live()
+        self._send_all(self._journal)
+        self._note_departures()
         logger.info(
             "engine ready",
             extra={
@@ -291,14 +295,18 @@ class LocalEngineClient:
             },
         )
 
-    def _blame(self, life: EngineLife) -> bool:
-        """End those who were suspected too often; True where one suspect explains the death."""
-        max_strikes = self._supervision.max_strikes
-        verdict = blame(self._journal, life.keys_at_death, max_strikes=max_strikes)
-        for sequence in verdict.convicted:
-            sequence.fail(f"{max_strikes} engines in a row died while they computed this request, so it was ended")
-            self._journal.remove(sequence)
-        self._note_live()
+    def _blame(self, death: EngineDeath, life: EngineLife) -> bool:
+        """Put suspects on probation, or end the one that is proved; True where one suspect explains the death."""
+        verdict = blame(self._journal, life.keys_at_death, is_self_inflicted=death.is_self_inflicted)
+        facts: dict[str, object] = {"generation": life.generation, "suspects": len(verdict.suspects)}
+        if (guilty := verdict.convicted) is not None:
+            facts["quarantined"] = guilty.request.request_id
+            self._quarantine.put(guilty.request)
+            guilty.fail(CONVICTED)
+            self._journal.remove(guilty)
+            self._note_departures()
+        if verdict.suspects or guilty is not None:
+            logger.warning("requests blamed for the engine's death", extra={"facts": facts})
         return verdict.explains_death
 
     def _after_death(self, death: EngineDeath, *, ready_seconds: float, counts: bool) -> float | None:

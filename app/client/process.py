@@ -86,12 +86,8 @@ class EngineProcess:
         self.socket.close()
         self.progress.close()
 
-    def describe_exit(self) -> str:
-        """How it ended, in words."""
-        return describe_returncode(self.returncode)
 
-
-def describe_returncode(returncode: int | None) -> str:
+def describe_returncode(returncode: int | None, *, was_out_of_memory: bool = False) -> str:
     """An exit status in words."""
     if returncode is None:
         return "the engine closed its socket and did not exit"
@@ -101,8 +97,9 @@ def describe_returncode(returncode: int | None) -> str:
         name = signal.Signals(-returncode).name
     except ValueError:
         name = f"signal {-returncode}"
-    hint = " (kill -9, or the kernel for want of memory)" if name == "SIGKILL" else ""
-    return f"the engine was ended by {name}{hint}"
+    if was_out_of_memory:
+        return f"the engine was ended by {name}: the kernel was out of memory"
+    return f"the engine was ended by {name}"
 
 
 def _popen(launch: EngineLaunch, *, socket_fd: int, progress_fd: int) -> subprocess.Popen[bytes]:

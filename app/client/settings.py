@@ -19,7 +19,5 @@ class Supervision(msgspec.Struct, frozen=True, kw_only=True):
     backoff_seconds: float = 0.5
     """Wait before the second restart in a row without a token; doubles from there. The first is at once."""
     max_backoff_seconds: float = 8.0
-    max_strikes: int = 3
-    """Deaths that one sequence may be suspected of in a row."""
     tick_seconds: float = 0.5
     """How often the progress page is looked at."""

@@ -6,9 +6,11 @@ closed; an engine is not replaced before.
 
 import asyncio
 import logging
+import signal
 import time
 
-from app.client.process import EngineProcess
+from app.client.autopsy import MemoryWatch, find_kill_counter, is_self_inflicted, is_stopped
+from app.client.process import EngineProcess, describe_returncode
 from app.client.settings import Supervision
 from app.client.stall import StallWatch
 from app.ipc.messages import Fatal, FromEngine, Ready, StepOutputs, ToEngine
@@ -26,9 +28,11 @@ EXIT_POLL_SECONDS = 0.01
 class EngineDeath(Exception):
     """An engine can no longer be used."""
 
-    def __init__(self, reason: str, *, is_configuration: bool = False) -> None:
+    def __init__(self, reason: str, *, is_configuration: bool = False, is_self_inflicted: bool = True) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.is_self_inflicted = is_self_inflicted
+        """What it computed may have ended it; False where somebody outside did."""
         self.is_configuration = is_configuration
         """The engine says that a restart would fail the same way."""
 
@@ -42,7 +46,8 @@ class EngineLife:
         self._stall = StallWatch(supervision)
         self._end: ApiEnd | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._accusation: str | None = None
+        self._memory = MemoryWatch(find_kill_counter().read, time.monotonic())
+        self._accusation: EngineDeath | None = None
         self._next_seq = 0
         self._ready_at: float | None = None
         self._keys_at_death: tuple[int, ...] = ()
@@ -82,7 +87,7 @@ class EngineLife:
             except FrameError as error:
                 raise EngineDeath(f"the engine sent what is no message: {error}") from error
             if message is None:
-                raise EngineDeath(await self._describe_end())
+                raise await self._explain_end()
             if message.generation < self.generation:
                 continue  # a late message of an engine that was replaced
             self._check(message)
@@ -139,8 +144,9 @@ class EngineLife:
             accusation = self._stall.look(
                 progress, time.monotonic(), is_ready=self._ready_at is not None, has_live=self.has_live
             )
+            self._memory.tick(time.monotonic())
             if accusation is not None:
-                self._accusation = accusation
+                self._accusation = self._accuse(accusation)
                 self._process.kill()
             if self._process.returncode is not None:
                 await asyncio.sleep(self._supervision.tick_seconds)  # let what it had sent be read
@@ -148,10 +154,22 @@ class EngineLife:
                     self._end.close()
                 return
 
-    async def _describe_end(self) -> str:
+    def _accuse(self, accusation: str) -> EngineDeath:
+        if is_stopped(self._process.pid):
+            return EngineDeath(f"{accusation}: somebody had stopped it", is_self_inflicted=False)
+        return EngineDeath(accusation)
+
+    async def _explain_end(self) -> EngineDeath:
         """Why the socket closed: our own verdict first, else how the process ended."""
         await self._wait_for_exit(SOCKET_TO_EXIT_SECONDS)
-        return self._accusation or self._process.describe_exit()
+        if self._accusation is not None:
+            return self._accusation
+        returncode = self._process.returncode
+        was_out_of_memory = returncode == -signal.SIGKILL and self._memory.has_risen()
+        return EngineDeath(
+            describe_returncode(returncode, was_out_of_memory=was_out_of_memory),
+            is_self_inflicted=is_self_inflicted(returncode, was_out_of_memory=was_out_of_memory),
+        )
 
     async def _wait_for_exit(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds

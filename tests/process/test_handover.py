@@ -7,6 +7,8 @@ import msgspec
 import pytest
 
 from app.client.engine_client import EngineState
+from app.client.settings import Supervision
+from app.core.config import EngineConfig
 from app.core.errors import EngineFailed, EngineUnavailable
 from app.core.types import EngineRequest, FinishReason
 from tests.process.engines import (
@@ -107,21 +109,53 @@ async def test_a_slow_step_is_not_a_hang() -> None:
 async def test_a_request_that_ends_engines_ends_alone(crash: str) -> None:
     supervision = msgspec.structs.replace(IMPATIENT, hang_seconds=0.4)
     config = scripted(crash_on_token=POISON, trigger_after=5, crash=crash, step_seconds=0.001)
-    asked = [request(f"r{index}", prompt=(index, 5), max_tokens=200) for index in range(8)]
+    await _poison_among(8, config, supervision)
+
+
+async def test_one_poison_among_64_costs_two_engines_and_nobody_else() -> None:
+    config = scripted(crash_on_token=POISON, trigger_after=5, crash="segv", step_seconds=0.001)
+    await _poison_among(64, config, IMPATIENT)
+
+
+async def _poison_among(num_others: int, config: EngineConfig, supervision: Supervision) -> None:
+    asked = [request(f"r{index}", prompt=(index, 5), max_tokens=200) for index in range(num_others)]
     async with running(scripted()) as client:
         expected = [(await complete(client, each)).token_ids for each in asked]
     async with running(config, supervision=supervision) as client:
         answers = [Answer() for _ in asked]
         tasks = [asyncio.create_task(a.fill(client, each)) for a, each in zip(answers, asked, strict=True)]
         await until(lambda: all(a.token_ids for a in answers))
+        poison = request("poison", prompt=(1, POISON))
         poisoned = Answer()
-        with pytest.raises(EngineFailed, match="3 engines in a row"):
-            await poisoned.fill(client, request("poison", prompt=(1, POISON)))
+        with pytest.raises(EngineFailed, match="quarantine"):
+            await poisoned.fill(client, poison)
         await asyncio.gather(*tasks)
         assert len(poisoned.token_ids) == 5
-        assert client.status.generation <= 6
+        assert client.status.generation == 3
         await until_ready(client)
+        with pytest.raises(EngineFailed, match="quarantine"):  # the client's retry costs no engine
+            await complete(client, msgspec.structs.replace(poison, request_id="again"))
         assert (await complete(client, request("next"))).finish_reason is FinishReason.LENGTH
+        assert client.status.generation == 3
+    assert [a.token_ids for a in answers] == expected
+
+
+async def test_kills_from_outside_in_lone_steps_blame_nobody() -> None:
+    """Everybody is on probation after the SIGSEGV; whoever is tried when SIGKILL and SIGSTOP come is innocent."""
+    asked = [request(f"r{index}", prompt=(index, 5), max_tokens=60) for index in range(8)]
+    async with running(scripted()) as client:
+        expected = [(await complete(client, each)).token_ids for each in asked]
+    supervision = msgspec.structs.replace(IMPATIENT, max_deaths=50)
+    async with running(scripted(step_seconds=0.02), supervision=supervision) as client:
+        answers = [Answer() for _ in asked]
+        tasks = [asyncio.create_task(a.fill(client, each)) for a, each in zip(answers, asked, strict=True)]
+        await until(lambda: all(a.token_ids for a in answers))
+        for number in (signal.SIGSEGV, signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP):
+            generation = client.status.generation
+            hurt(client, number)
+            await until(lambda g=generation: client.status.generation > g)  # type: ignore[misc]
+            await until_ready(client)
+        await asyncio.gather(*tasks)
     assert [a.token_ids for a in answers] == expected
 
 

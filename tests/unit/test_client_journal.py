@@ -37,7 +37,7 @@ def test_tokens_of_the_request_itself_are_kept() -> None:
 
 def test_a_request_without_a_token_is_handed_over_as_it_was() -> None:
     sequence = make()
-    assert sequence.hand_over() is sequence.request
+    assert sequence.hand_over() == sequence.request
 
 
 async def test_prompt_logprobs_are_seen_once() -> None:

@@ -1,11 +1,18 @@
-"""The client's decisions without processes: restarts, hangs, blame and the order of hand-overs. Times are passed in."""
+"""The client's decisions without processes: restarts, hangs, who is blamed. Times are passed in."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
 
 import msgspec
 import pytest
 
-from app.client.handover import HandOver, blame
+from app.client.autopsy import MemoryWatch, find_kill_counter, is_self_inflicted, is_stopped
+from app.client.handover import Blame, blame
 from app.client.journal import LiveSequence
 from app.client.process import describe_returncode
+from app.client.quarantine import MAX_ENTRIES, QUARANTINE_SECONDS, Quarantine
 from app.client.restart import RestartBudget
 from app.client.settings import Supervision
 from app.client.stall import StallWatch
@@ -19,11 +26,11 @@ def page(phase: EnginePhase, *, step_id: int = 1, written_ns: int = 0) -> Progre
     return Progress(1, phase, step_id, written_ns, 1, 0, ())
 
 
-def sequence(name: str, *, strikes: int = 0) -> LiveSequence:
+def sequence(name: str, *, is_on_probation: bool = False) -> LiveSequence:
     live = LiveSequence(
         EngineRequest(request_id=name, prompt_token_ids=(1,), params=SamplingParams(seed=0, max_tokens=9))
     )
-    live.strikes = strikes
+    live.is_on_probation = is_on_probation
     return live
 
 
@@ -100,50 +107,132 @@ class TestStallWatch:
 
 
 class TestBlame:
-    def test_only_those_in_the_step_without_a_token_are_suspects(self) -> None:
+    def test_everyone_in_the_step_is_suspected_and_nobody_else(self) -> None:
         moved, stuck, queued = sequence("moved"), sequence("stuck"), sequence("queued")
         moved.receive(token("moved"))
-        verdict = blame([moved, stuck, queued], [moved.key, stuck.key], max_strikes=3)
-        assert verdict.suspects == (stuck,)
-        assert verdict.explains_death
-        assert [each.strikes for each in (moved, stuck, queued)] == [0, 1, 0]
-
-    def test_the_third_strike_convicts_and_a_token_takes_strikes_back(self) -> None:
-        innocent, guilty = sequence("innocent", strikes=2), sequence("guilty", strikes=2)
-        innocent.receive(token("innocent"))
-        verdict = blame([innocent, guilty], [innocent.key, guilty.key], max_strikes=3)
-        assert verdict.convicted == (guilty,)
+        verdict = blame([moved, stuck, queued], [moved.key, stuck.key], is_self_inflicted=True)
+        assert verdict.suspects == (moved, stuck)
         assert not verdict.explains_death
-        assert innocent.strikes == 0
+        assert [each.is_on_probation for each in (moved, stuck, queued)] == [True, True, False]
+
+    def test_the_one_whose_lone_step_ends_an_engine_is_convicted(self) -> None:
+        tried, waiting = sequence("tried", is_on_probation=True), sequence("waiting", is_on_probation=True)
+        verdict = blame([waiting, tried], [tried.key], is_self_inflicted=True)
+        assert verdict.convicted is tried
+        assert verdict.suspects == ()
+        assert not verdict.explains_death
+
+    def test_a_first_suspect_alone_gets_its_chance(self) -> None:
+        alone = sequence("alone")
+        verdict = blame([alone], [alone.key], is_self_inflicted=True)
+        assert verdict.explains_death and alone.is_on_probation
+
+    def test_company_in_the_step_is_no_proof(self) -> None:
+        """Also where the other one has left the journal."""
+        tried = sequence("tried", is_on_probation=True)
+        assert blame([tried], [tried.key, 7], is_self_inflicted=True).convicted is None
+
+    def test_a_token_acquits(self) -> None:
+        tried = sequence("tried", is_on_probation=True)
+        tried.receive(token("tried"))
+        assert not tried.is_on_probation
+        assert blame([tried], [tried.key], is_self_inflicted=True).convicted is None
+
+    def test_an_end_from_outside_blames_nobody(self) -> None:
+        tried, other = sequence("tried", is_on_probation=True), sequence("other")
+        assert blame([tried, other], [tried.key], is_self_inflicted=False) == Blame()
+        assert tried.is_on_probation and not other.is_on_probation
+
+    def test_the_next_engine_is_told(self) -> None:
+        tried = sequence("tried", is_on_probation=True)
+        assert tried.hand_over().is_on_probation
+        tried.received.append(5)
+        assert tried.hand_over().is_on_probation
+        assert not sequence("other").hand_over().is_on_probation
 
 
-class TestHandOver:
-    def test_without_strikes_all_go_at_once(self) -> None:
-        live = [sequence("a"), sequence("b")]
-        hand_over = HandOver()
-        assert hand_over.begin(live) == live
-        assert hand_over.is_complete
-        assert hand_over.release() == []
+class TestAutopsy:
+    @pytest.mark.parametrize(
+        ("returncode", "expected"),
+        [
+            *[(-number, True) for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL)],
+            *[(-number, False) for number in (signal.SIGKILL, signal.SIGQUIT, signal.SIGUSR1)],
+            *[(0, True), (13, True), (None, True)],
+        ],
+    )
+    def test_how_a_process_ended_says_who_ended_it(self, returncode: int | None, expected: bool) -> None:
+        assert is_self_inflicted(returncode, was_out_of_memory=False) is expected
 
-    def test_suspects_go_one_by_one_after_the_others_fewest_strikes_first(self) -> None:
-        clean, once, twice, gone = sequence("c"), sequence("1", strikes=1), sequence("2", strikes=2), sequence("g")
-        gone.strikes = 1
-        hand_over = HandOver()
-        assert hand_over.begin([twice, gone, once, clean]) == [clean]
-        gone.is_finished = True
-        assert hand_over.release() == [once]
-        assert hand_over.release() == []
-        once.hand_over()
-        once.receive(token("1"))
-        assert hand_over.release() == [twice]
-        assert hand_over.is_complete
+    def test_the_kernels_kill_for_want_of_memory_is_self_inflicted(self) -> None:
+        assert is_self_inflicted(-signal.SIGKILL, was_out_of_memory=True)
+        assert "memory" in describe_returncode(-signal.SIGKILL, was_out_of_memory=True)
 
-    def test_suspects_alone_begin_at_once_and_an_abort_makes_room(self) -> None:
-        first, second = sequence("1", strikes=1), sequence("2", strikes=1)
-        hand_over = HandOver()
-        assert hand_over.begin([first, second]) == [first]
-        first.is_finished = True
-        assert hand_over.release() == [second]
+    def test_our_cgroup_is_asked_before_the_machine(self, tmp_path: Path) -> None:
+        proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+        (proc / "self").mkdir(parents=True)
+        (proc / "vmstat").write_text("pgfault 9\noom_kill 4\n")
+        (proc / "self" / "cgroup").write_text("4:memory:/v1\n0::/pod/container\n")
+        assert find_kill_counter(cgroups=cgroups, proc=proc).read() == 4
+        (cgroups / "pod" / "container").mkdir(parents=True)
+        (cgroups / "pod" / "container" / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
+        assert find_kill_counter(cgroups=cgroups, proc=proc).read() == 2
+        (cgroups / "memory" / "v1").mkdir(parents=True)
+        (cgroups / "memory" / "v1" / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 1\n")
+        assert find_kill_counter(cgroups=cgroups, proc=proc).read() == 1
+
+    def test_a_machine_that_tells_nothing_counts_nothing(self, tmp_path: Path) -> None:
+        assert find_kill_counter(cgroups=tmp_path, proc=tmp_path).read() == 0
+
+    def test_a_rise_counts_for_a_while(self) -> None:
+        counts = [0]
+        watch = MemoryWatch(lambda: counts[-1], 0.0)
+        counts.append(1)
+        for now in (1.0, 6.0):
+            watch.tick(now)
+            assert watch.has_risen()
+        watch.tick(12.0)
+        assert not watch.has_risen()
+
+    def test_a_stopped_process_is_told_from_one_at_work(self) -> None:
+        with subprocess.Popen(["sleep", "60"]) as process:
+            try:
+                assert not is_stopped(process.pid)
+                process.send_signal(signal.SIGSTOP)
+                os.waitpid(process.pid, os.WUNTRACED)
+                assert is_stopped(process.pid)
+            finally:
+                process.kill()
+        assert not is_stopped(process.pid)
+
+
+class TestQuarantine:
+    def test_the_same_request_is_kept_out_whatever_its_seed_and_name(self) -> None:
+        now = [0.0]
+        quarantine = Quarantine(lambda: now[0])
+        bad = sequence("bad").request
+        assert not quarantine.holds(bad)
+        quarantine.put(bad)
+        again = msgspec.structs.replace(
+            bad, request_id="again", params=msgspec.structs.replace(bad.params, seed=99), priority=3
+        )
+        assert quarantine.holds(again)
+        assert not quarantine.holds(msgspec.structs.replace(bad, prompt_token_ids=(1, 2)))
+        now[0] = QUARANTINE_SECONDS
+        assert not quarantine.holds(again)
+
+    def test_it_is_bounded(self) -> None:
+        quarantine = Quarantine()
+        requests = [
+            msgspec.structs.replace(sequence("x").request, prompt_token_ids=(index,))
+            for index in range(MAX_ENTRIES + 1)
+        ]
+        for request in requests:
+            quarantine.put(request)
+        assert [quarantine.holds(request) for request in (requests[0], requests[1], requests[-1])] == [
+            False,
+            True,
+            True,
+        ]
 
 
 @pytest.mark.parametrize(
