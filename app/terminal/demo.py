@@ -21,8 +21,6 @@ from app.terminal.demo_round import Ask, Killer, Round, Watch, run_round
 from app.terminal.wire import Api, Model, client_options
 
 NUM_KILLS = 5
-SAMPLE_NUMBER = 1
-"""The prompt whose text is shown."""
 
 
 class DemoOptions(NamedTuple):
@@ -65,9 +63,8 @@ def run_demo(options: DemoOptions, *, console: Console, progress: Console) -> De
         rounds = asyncio.run(_run_rounds(target, options, console=console, status=status))
     verdict = judge(rounds, is_promised=target.is_promised)
     show_verdict(console, rounds, verdict, notes=_notes(target))
-    sample = min(SAMPLE_NUMBER, len(options.prompts) - 1)
     if not verdict.errors and not verdict.differences:
-        show_sample(console, options.prompts[sample], rounds[0].outcomes[sample].text)
+        show_sample(console, options.prompts[0].text, rounds[0].outcomes[0].text)
     return DemoResult(rounds, verdict)
 
 

@@ -17,7 +17,7 @@ import httpx
 from app.terminal.demo_round import Kill, Killer, Watch
 from app.terminal.wire import ApiError, is_loopback, read_ready
 
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.005
 _ENGINE_MARK = b"app.engine"
 
 FindEngine = Callable[[int | None], Awaitable[int | None]]
@@ -83,19 +83,18 @@ def make_killer(
 
     async def killer(watch: Watch) -> None:
         draw = random.Random(seed)
-        pid: int | None = None
         since = (0,) * len(watch.streams)
+        pid = await _next_engine(find, None, watch)
         for number in range(num_kills):
-            pid = await _next_engine(find, pid, watch)
             share = (number + draw.uniform(0.1, 0.9)) / (num_kills + 1)
             if pid is None or not await _moment(watch, since, share * num_characters):
                 return
-            reached, killed = watch.num_characters, time.monotonic()
-            kill(pid)
-            successor = await _next_engine(find, pid, watch)
+            reached, killed, victim = watch.num_characters, time.monotonic(), pid
+            kill(victim)
+            pid = await _next_engine(find, victim, watch)
             since = watch.event_counts()
-            has_moved = successor is not None and await _moment(watch, since, 0.0)
-            watch.kills.append(Kill(pid, reached, time.monotonic() - killed if has_moved else None))
+            has_moved = pid is not None and await _moment(watch, since, 0.0)
+            watch.kills.append(Kill(victim, reached, time.monotonic() - killed if has_moved else None))
 
     return killer
 

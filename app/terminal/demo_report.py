@@ -5,7 +5,6 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from app.terminal.demo_prompts import DemoPrompt
 from app.terminal.demo_round import Round
 from app.terminal.show import printable
 
@@ -95,13 +94,10 @@ def show_verdict(console: Console, rounds: tuple[Round, ...], verdict: Verdict, 
         console.print(Text(printable(note)), soft_wrap=True)
 
 
-def show_sample(console: Console, prompt: DemoPrompt, text: str) -> None:
+def show_sample(console: Console, prompt: str, text: str) -> None:
     """One prompt and how every round went on from it, on one line."""
-    line = " ".join(f"{prompt.text}\x00{text}".split())
-    begin, _, end = line.partition("\x00")
-    room = console.width - len(begin) - len(" …")
-    shown = end if len(end) <= room else f"{end[: max(0, room)]} …"
-    console.print(Text(printable(begin), style="dim") + Text(printable(shown)), no_wrap=True, overflow="ellipsis")
+    begin, end = (printable(part.replace("\n", "⏎")) for part in (prompt, text))
+    console.print(Text.assemble((begin, "dim"), end), no_wrap=True, overflow="ellipsis")
 
 
 def _difference(round_name: str, number: int, *, expected: str, got: str) -> Difference:
