@@ -4,7 +4,7 @@ Every failure is an `ApiError` whose message says what was asked of whom. Bodies
 lack what ours says of itself: those fields are None.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -122,7 +122,7 @@ class Api:
         """What /ready says; None where the server has no such route."""
         return read_ready(self._get("/ready"))
 
-    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Delta]:
+    def stream(self, path: str, body: Mapping[str, Any]) -> Generator[Delta, None, None]:
         """Post a request and yield what comes. Closing the iterator closes the connection: the server stops."""
         try:
             with self._http.stream("POST", path, json=dict(body)) as response:
