@@ -28,6 +28,7 @@ class LiveSequence:
         """An engine died of itself in a step that computed this sequence, and no token has been received since."""
         self.is_finished = False
         """A finish was received, or its consumer is gone: nothing more is expected."""
+        self._is_handed_over = False
         self._num_prompt_logprobs = 0
         self._num_to_skip = 0
         self._num_cached_tokens: int | None = None
@@ -37,6 +38,7 @@ class LiveSequence:
 
     def hand_over(self) -> EngineRequest:
         """The request for the next engine: it goes on after the last token received."""
+        self._is_handed_over = True
         if not self.received:
             self._num_to_skip = self._num_prompt_logprobs
             return msgspec.structs.replace(self.request, is_on_probation=self.is_on_probation)
@@ -95,6 +97,9 @@ class LiveSequence:
             if num_skipped:
                 output = msgspec.structs.replace(output, prompt_logprobs=output.prompt_logprobs[num_skipped:])
             self._num_prompt_logprobs += len(output.prompt_logprobs)
+        if self._is_handed_over:
+            self._is_handed_over = False
+            output = msgspec.structs.replace(output, was_handed_over=True)
         return output
 
 
@@ -149,5 +154,6 @@ def _merge(outputs: list[EngineOutput]) -> EngineOutput:
         token_ids=tuple(token_id for output in outputs for token_id in output.token_ids),
         logprobs=tuple(entry for output in outputs for entry in output.logprobs),
         prompt_logprobs=tuple(entry for output in outputs for entry in output.prompt_logprobs),
+        was_handed_over=any(output.was_handed_over for output in outputs),
         queue_seconds=next((output.queue_seconds for output in outputs if output.queue_seconds is not None), None),
     )

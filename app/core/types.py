@@ -102,6 +102,8 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
     """With finish reason `error`: one sentence for the client."""
     queue_seconds: float | None = None
     """In the sequence's first output: how long it waited before a step first took it; None where unknown."""
+    was_handed_over: bool = False
+    """Set by the client in the first output after the sequence went to another engine, never by engines."""
 
 
 class StepStats(msgspec.Struct, frozen=True, array_like=True):

@@ -105,6 +105,10 @@ class Metrics:
         """Admission control refused a request; `reason` is the limit that it hit."""
         self._rejections.labels(model_name=self._labels["model_name"], reason=reason).inc()
 
+    def count_hand_over(self, *, is_exact: bool) -> None:
+        """A sequence went on after its engine was replaced, with the very same tokens or perhaps not."""
+        self._hand_overs["exact" if is_exact else "approximate"].inc()
+
     def count_response(self, *, handler: str, method: str, status: int | None) -> None:
         """A request was answered; status None: the client was gone before the first byte."""
         self._responses.labels(handler, method, "disconnected" if status is None else str(status)).inc()
@@ -155,6 +159,15 @@ class Metrics:
             [*self._labels, "finished_reason"],
             registry=self.registry,
         )
+        handed_over = Counter(
+            self.name("sequences_handed_over"),
+            "Sequences that went on after an engine was replaced.",
+            [*self._labels, "resume"],
+            registry=self.registry,
+        )
+        self._hand_overs = {
+            resume: handed_over.labels(*self._labels.values(), resume) for resume in ("exact", "approximate")
+        }
         self._finished = {reason: finished.labels(*self._labels.values(), reason.value) for reason in FinishReason}
 
     def _make_http_metrics(self) -> None:
