@@ -5,13 +5,15 @@ its own engine. `headwater serve` (`app.serve`) starts the engine first and impo
 loads.
 """
 
+from pathlib import Path
+
 from fastapi import FastAPI
 
 from app import __version__
 from app.api.admission import Admission, AdmissionLimits
 from app.api.app import create_app as create_api
 from app.api.deps import ApiLimits, OpenAIDefaults, ServerContext
-from app.api.schemas.fields import UnknownFields
+from app.api.schemas.field_rules import UnknownFields
 from app.client.engine_client import EngineClient
 from app.client.local import LocalEngineClient
 from app.client.process import EngineLaunch, EngineProcess
@@ -21,6 +23,7 @@ from app.observability.logging import configure_logging
 from app.observability.metrics import Metrics
 from app.settings import Settings, load_settings
 from app.store import ModelFolder, resolve
+from app.text.chat_template import ChatTemplate
 from app.text.tokenizer import Tokenizer
 
 
@@ -67,14 +70,17 @@ def make_context(
     admission_limits = AdmissionLimits(
         max_live_sequences=settings.max_live_sequences, max_waiting_tokens=settings.max_waiting_tokens
     )
+    unknown = None if settings.unknown_fields is None else UnknownFields(settings.unknown_fields)
+    override = None if settings.chat_template is None else Path(settings.chat_template)
     return ServerContext(
         engine=engine,
         tokenizer=Tokenizer.load(folder.path),
+        chat_template=ChatTemplate.load(folder.path, override=override),
         model_names=model_names(settings, folder),
         metrics=metrics,
         admission=Admission(admission_limits, metrics=metrics),
         sampling_defaults=folder.generation_defaults if settings.generation_config == "model" else OpenAIDefaults(),
-        limits=ApiLimits(max_body_size=settings.max_body_size, unknown_fields=UnknownFields(settings.unknown_fields)),
+        limits=ApiLimits(max_body_size=settings.max_body_size, unknown_fields=unknown),
         version=__version__,
         page=settings.page,
         runs_engine=runs_engine,

@@ -70,8 +70,10 @@ class Settings(BaseSettings):
     num_threads: int | None = Field(None, ge=1, description="threads that compute; default: from the cores given to us")
 
     page: bool = Field(True, description="answer browsers at / with a page to try the model and watch the engine")
-    unknown_fields: Literal["refuse", "report"] = Field(
-        "refuse", description="request fields that we do not know: 400, or named in the header Headwater-Ignored"
+    unknown_fields: Literal["refuse", "report"] | None = Field(
+        None,
+        description="request fields that we do not know: 400 (default on completions), or named in the header "
+        "Headwater-Ignored (default on chat)",
     )
     max_body_size: int = Field(2 * MIB, ge=1024, description="largest request body, bytes")
     max_live_sequences: int = Field(1024, ge=1, description="admitted sequences; beyond it 429 with Retry-After")

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from app.api.admission import Admission
-from app.api.schemas.fields import UnknownFields
+from app.api.schemas.field_rules import UnknownFields
 from app.client.engine_client import EngineClient, EngineState
 from app.core.errors import EngineUnavailable, NotFound
 from app.core.types import EngineLimits
 from app.observability.metrics import EngineSnapshot, Metrics
+from app.text.chat_template import ChatTemplate
 from app.text.tokenizer import Tokenizer
 
 
@@ -49,7 +50,8 @@ class ApiLimits:
     """Seconds from a request's headers to the end of its body."""
     keep_alive_interval: float = 10.0
     """Seconds without a byte after which a stream sends its headers or a comment."""
-    unknown_fields: UnknownFields = UnknownFields.REFUSE
+    unknown_fields: UnknownFields | None = None
+    """None: each endpoint's own default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,8 @@ class ServerContext:
     metrics: Metrics
     admission: Admission
     sampling_defaults: SamplingDefaults
+    chat_template: ChatTemplate | None = None
+    """None: the model has none, and no messages are taken."""
     limits: ApiLimits = field(default_factory=ApiLimits)
     version: str
     created: int = field(default_factory=lambda: int(time.time()))

@@ -6,11 +6,14 @@ import msgspec
 from fastapi import FastAPI
 
 from app.api.errors import ErrorBody
-from app.api.schemas import completions, engine, server, tokens
+from app.api.schemas import chat, completions, engine, server, tokens
 
 _TEMPLATE = "#/components/schemas/{name}"
 _TYPES: tuple[type[msgspec.Struct], ...] = (
     ErrorBody,
+    chat.ChatRequest,
+    chat.ChatResponse,
+    chat.ChatChunk,
     completions.CompletionRequest,
     completions.CompletionResponse,
     server.ModelEntry,

@@ -18,6 +18,8 @@ class RequestRecord:
         self.arrived = time.monotonic()
         self.status: int | None = None
         self.error_code: str | None = None
+        self.key_id: str | None = None
+        """Of the API key that the request came with."""
         self.generation: int | None = None
         self.is_stream = False
         self.meters: tuple[SequenceMeter, ...] = ()
@@ -34,11 +36,16 @@ class RequestRecord:
         assert isinstance(record, RequestRecord)
         return record
 
+    @property
+    def tenant(self) -> str:
+        """Whose prefixes the request may share: those of its own key, or of all where there are no keys."""
+        return "" if self.key_id is None else f"{self.key_id}/"
+
     def facts(self) -> dict[str, object]:
         """The log line's fields beside method, route and status; times in seconds."""
         facts: dict[str, object] = {
             "request_id": self.request_id,
-            "key_id": None,
+            "key_id": self.key_id,
             "total_s": round(time.monotonic() - self.arrived, 6),
         }
         if self.error_code is not None:

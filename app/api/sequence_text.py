@@ -8,7 +8,7 @@ completed a stop string are neither shown nor counted; the last delta, and no ot
 
 from dataclasses import dataclass
 
-from app.api.schemas.completions import CompletionRequest
+from app.api.schemas.generation import GenerationRequest
 from app.api.translate import PreparedSequence
 from app.core.errors import EngineFailed, EngineUnavailable
 from app.core.types import EngineOutput, FinishReason, TokenLogprobs
@@ -35,7 +35,8 @@ class Delta:
 class SequenceText:
     """Text state of one sequence. Feed it every output of the engine, in order, until a delta is the last."""
 
-    def __init__(self, sequence: PreparedSequence, request: CompletionRequest, tokenizer: Tokenizer) -> None:
+    def __init__(self, sequence: PreparedSequence, request: GenerationRequest, tokenizer: Tokenizer) -> None:
+        self.prepared = sequence
         params = sequence.engine_request.params
         self._include_stop = bool(request.include_stop_str_in_output)
         self._min_tokens = params.min_tokens

@@ -1,4 +1,4 @@
-"""From a completion request to sequences for the engine: tokens, resolved parameters, seeds.
+"""From a request to sequences for the engine: tokens, resolved parameters, seeds.
 
 All that can be wrong with a request is found here or before, while nothing has been asked of the engine.
 
@@ -18,6 +18,7 @@ import msgspec
 
 from app.api.deps import SamplingDefaults, ServerContext
 from app.api.schemas.completions import CompletionRequest, prompt_list
+from app.api.schemas.generation import GenerationRequest
 from app.api.schemas.limits import GREEDY_BELOW
 from app.core.errors import InvalidRequest
 from app.core.types import EngineLimits, EngineRequest, SamplingParams
@@ -51,21 +52,33 @@ class PreparedSequence:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedCompletion:
+class PreparedGeneration:
     """A checked request, ready to be admitted."""
 
-    request: CompletionRequest
+    request: GenerationRequest
     seed: int
     """As the client would send it to get the same answer."""
     sequences: tuple[PreparedSequence, ...]
 
 
 async def prepare_completion(
-    request: CompletionRequest, context: ServerContext, *, limits: EngineLimits
-) -> PreparedCompletion:
+    request: CompletionRequest, context: ServerContext, *, limits: EngineLimits, tenant: str = ""
+) -> PreparedGeneration:
     """Tokenize, resolve and check against the engine's limits. Raises InvalidRequest."""
-    _check_token_fields(request, limits)
+    check_token_fields(request, limits)
     prompts = await _prepare_prompts(request, context.tokenizer, limits)
+    return await prepare_sequences(request, prompts, context, limits=limits, tenant=tenant)
+
+
+async def prepare_sequences(
+    request: GenerationRequest,
+    prompts: Sequence[PreparedPrompt],
+    context: ServerContext,
+    *,
+    limits: EngineLimits,
+    tenant: str,
+) -> PreparedGeneration:
+    """`n` sequences for each prompt. Prefixes are shared within one `tenant` only."""
     seed = secrets.randbits(_DRAWN_SEED_BITS) if request.seed is None else request.seed
     bad_words = await _bad_words(request.bad_words or (), context.tokenizer)
     unique = secrets.token_hex(12)
@@ -80,11 +93,11 @@ async def prepare_completion(
                 request_id=f"{unique}-{index}",
                 prompt_token_ids=prompt.token_ids,
                 params=sample_params,
-                cache_salt=request.cache_salt or "",
+                cache_salt=tenant + (request.cache_salt or ""),
                 priority=0 if request.priority is None else request.priority,
             )
             sequences.append(PreparedSequence(index, prompt_index, prompt, engine_request))
-    return PreparedCompletion(request, seed, tuple(sequences))
+    return PreparedGeneration(request, seed, tuple(sequences))
 
 
 def derive_seed(seed: int, sample: int) -> int:
@@ -97,7 +110,7 @@ def derive_seed(seed: int, sample: int) -> int:
 
 
 def sampling_params(
-    request: CompletionRequest,
+    request: GenerationRequest,
     defaults: SamplingDefaults,
     *,
     seed: int,
@@ -107,8 +120,7 @@ def sampling_params(
     """Parameters of sample 0, every default resolved. `room`: tokens that fit after the prompt."""
     temperature = _first(request.temperature, defaults.temperature, 1.0)
     top_k = _first(request.top_k, defaults.top_k, 0)
-    max_tokens = min(request.output_limit, room)
-    prompt_logprobs = [request.prompt_logprobs, request.logprobs if request.echo else None]
+    max_tokens = room if request.output_limit is None else min(request.output_limit, room)
     return SamplingParams(
         seed=derive_seed(seed, 0),
         max_tokens=max_tokens,
@@ -125,8 +137,8 @@ def sampling_params(
         bad_words=bad_words,
         stop_token_ids=tuple(sorted(set(request.stop_token_ids or ()))),
         ignore_eos=bool(request.ignore_eos),
-        num_logprobs=request.logprobs,
-        num_prompt_logprobs=max((count for count in prompt_logprobs if count is not None), default=None),
+        num_logprobs=request.num_logprobs,
+        num_prompt_logprobs=request.num_prompt_logprobs,
     )
 
 
@@ -156,29 +168,47 @@ def check_text_size(texts: Sequence[str], tokenizer: Tokenizer, *, field: str, m
             )
 
 
-async def _prepare_prompts(
-    request: CompletionRequest, tokenizer: Tokenizer, limits: EngineLimits
-) -> list[PreparedPrompt]:
-    prompts = prompt_list(request)
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+def fit_prompt(
+    token_ids: list[int], request: GenerationRequest, limits: EngineLimits, *, where: str, text: str | None
+) -> PreparedPrompt:
+    """The prompt, shortened as the request asks. Raises InvalidRequest where it leaves no room.
+
+    `where` names the prompt in the request, `text` is what was tokenized, None where the client sent ids.
+    """
+    kept = _truncate(token_ids, request, limits)
+    _check_prompt_length(len(kept), request, limits, where=where)
+    return PreparedPrompt(tuple(kept), text if len(kept) == len(token_ids) else None)
+
+
+def check_token_fields(request: GenerationRequest, limits: EngineLimits) -> None:
+    """Checks against the model's context and vocabulary. Raises InvalidRequest naming the field."""
+    limit = request.output_limit
+    is_given = request.max_tokens is not None or request.output_limit_field != "max_tokens"
+    if limit is not None and is_given and limit > limits.max_model_len:
+        field = request.output_limit_field
+        raise InvalidRequest(
+            f"`{field}` is {limit}, more than the context of {limits.max_model_len} tokens.",
+            param=field,
+            code="context_length_exceeded",
+        )
+    size = limits.vocab_size
+    check_token_ids(request.logit_bias or (), field="logit_bias", vocab_size=size)
+    check_token_ids(request.allowed_token_ids or (), field="allowed_token_ids", vocab_size=size)
+    check_token_ids(request.stop_token_ids or (), field="stop_token_ids", vocab_size=size)
+
+
+async def encode_prompts(
+    texts: list[str],
+    request: GenerationRequest,
+    tokenizer: Tokenizer,
+    limits: EngineLimits,
+    *,
+    field: str,
+    add_special_tokens: bool,
+) -> list[list[int]]:
+    """The ids of each text; a text that cannot fit is refused before any time goes into it."""
     if request.truncate_prompt_tokens is None:
-        check_text_size(texts, tokenizer, field="prompt", max_tokens=limits.max_model_len)
-    encoded = iter(await _encode(texts, tokenizer, add_special_tokens=request.add_special_tokens is not False))
-    prepared: list[PreparedPrompt] = []
-    for index, prompt in enumerate(prompts):
-        where = "prompt" if len(prompts) == 1 else f"prompt[{index}]"
-        if isinstance(prompt, str):
-            whole, text = next(encoded), prompt
-        else:
-            check_token_ids(prompt, field=where, vocab_size=limits.vocab_size)
-            whole, text = prompt, None
-        kept = _truncate(whole, request, limits)
-        _check_prompt_length(len(kept), request, limits, where=where)
-        prepared.append(PreparedPrompt(tuple(kept), text if len(kept) == len(whole) else None))
-    return prepared
-
-
-async def _encode(texts: list[str], tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[list[int]]:
+        check_text_size(texts, tokenizer, field=field, max_tokens=limits.max_model_len)
     encoded: list[list[int]] = []
     for start in range(0, len(texts), _ABANDON_CHECK):
         encoded += await tokenizer.encode(texts[start : start + _ABANDON_CHECK], add_special_tokens)
@@ -186,12 +216,33 @@ async def _encode(texts: list[str], tokenizer: Tokenizer, *, add_special_tokens:
     return encoded
 
 
-def _truncate(token_ids: list[int], request: CompletionRequest, limits: EngineLimits) -> list[int]:
+async def _prepare_prompts(
+    request: CompletionRequest, tokenizer: Tokenizer, limits: EngineLimits
+) -> list[PreparedPrompt]:
+    prompts = prompt_list(request)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    add_special_tokens = request.add_special_tokens is not False
+    encoded = iter(
+        await encode_prompts(texts, request, tokenizer, limits, field="prompt", add_special_tokens=add_special_tokens)
+    )
+    prepared: list[PreparedPrompt] = []
+    for index, prompt in enumerate(prompts):
+        where = "prompt" if len(prompts) == 1 else f"prompt[{index}]"
+        if isinstance(prompt, str):
+            prepared.append(fit_prompt(next(encoded), request, limits, where=where, text=prompt))
+        else:
+            check_token_ids(prompt, field=where, vocab_size=limits.vocab_size)
+            prepared.append(fit_prompt(prompt, request, limits, where=where, text=None))
+    return prepared
+
+
+def _truncate(token_ids: list[int], request: GenerationRequest, limits: EngineLimits) -> list[int]:
     limit = request.truncate_prompt_tokens
     if limit is None:
         return token_ids
     if limit == -1:
-        limit = max(1, limits.max_model_len - request.output_limit)
+        output_room = 1 if request.output_limit is None else request.output_limit
+        limit = max(1, limits.max_model_len - output_room)
     if limit > limits.max_model_len:
         raise InvalidRequest(
             f"`truncate_prompt_tokens` is {limit}, more than the context of {limits.max_model_len} tokens.",
@@ -202,31 +253,19 @@ def _truncate(token_ids: list[int], request: CompletionRequest, limits: EngineLi
     return token_ids[:limit] if request.truncation_side == "right" else token_ids[-limit:]
 
 
-def _check_prompt_length(length: int, request: CompletionRequest, limits: EngineLimits, *, where: str) -> None:
+def _check_prompt_length(length: int, request: GenerationRequest, limits: EngineLimits, *, where: str) -> None:
+    param = where.partition("[")[0]
     if length == 0:
-        raise InvalidRequest(f"`{where}` is empty: it must hold at least one token.", param="prompt")
+        raise InvalidRequest(f"`{where}` is empty: it must hold at least one token.", param=param)
     # A prompt that is only scored needs no room for an output.
     needed = length if request.max_tokens == 0 else length + 1
     if needed > limits.max_model_len:
         raise InvalidRequest(
             f"This model's maximum context length is {limits.max_model_len} tokens; `{where}` has {length} "
             "and leaves no room for an output. Shorten it, or set `truncate_prompt_tokens`.",
-            param="prompt",
+            param=param,
             code="context_length_exceeded",
         )
-
-
-def _check_token_fields(request: CompletionRequest, limits: EngineLimits) -> None:
-    if request.output_limit > limits.max_model_len and request.max_tokens is not None:
-        raise InvalidRequest(
-            f"`max_tokens` is {request.max_tokens}, more than the context of {limits.max_model_len} tokens.",
-            param="max_tokens",
-            code="context_length_exceeded",
-        )
-    size = limits.vocab_size
-    check_token_ids(request.logit_bias or (), field="logit_bias", vocab_size=size)
-    check_token_ids(request.allowed_token_ids or (), field="allowed_token_ids", vocab_size=size)
-    check_token_ids(request.stop_token_ids or (), field="stop_token_ids", vocab_size=size)
 
 
 async def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:

@@ -6,12 +6,14 @@ after each piece of output: a template that loops without output is the operator
 """
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
 import jinja2
+import jinja2.meta
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import CallBlock, Node
@@ -23,6 +25,7 @@ from app.text.model_files import read_json_object, read_special_tokens
 
 MAX_RENDERED_CHARS = 8 * 1024 * 1024
 MAX_RENDER_SECONDS = 2.0
+_OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message", "documents"})
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -47,6 +50,11 @@ class ChatTemplate:
                 f"the chat template does not parse: {error.message} (line {error.lineno}); "
                 "give another by --chat-template"
             ) from error
+        read = set().union(*(jinja2.meta.find_undeclared_variables(environment.parse(one)) for one in sources.values()))
+        self.variables = frozenset(read - _OWN_VARIABLES - set(special_tokens) - set(environment.globals))
+        """Names that the templates read and this class does not set: what `allowed` can have an effect by."""
+        self.knows_developer = any("developer" in source for source in sources.values())
+        """Whether the role `developer` means anything to the templates."""
         self._special_tokens = dict(special_tokens)
         self._max_chars = max_chars
         self._max_seconds = max_seconds
@@ -63,15 +71,22 @@ class ChatTemplate:
         /,
         *,
         add_generation_prompt: bool,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, object]] | None = None,
         **allowed: object,
     ) -> str:
         """The prompt for these messages; `allowed` are further variables of the template, JSON values.
 
+        With `continue_final_message` the prompt ends with the last message's content, a string, as in
+        transformers: what the template writes behind it is cut off.
+
         Raises `InvalidRequest` where the template refuses the messages or their prompt is too long.
         """
         if "messages" in allowed:
             raise InvalidRequest("the template argument 'messages' has a field of its own; set it there")
+        mark = f"CONTINUE_{secrets.token_hex(16)} " if continue_final_message else ""
+        if continue_final_message:
+            messages = [*messages[:-1], _with_mark(messages[-1], mark)]
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
         context = {
             **self._special_tokens,
@@ -82,7 +97,8 @@ class ChatTemplate:
         }
         context.setdefault("documents", None)
         try:
-            return self._join(self._templates[name].generate(context))
+            rendered = self._join(self._templates[name].generate(context))
+            return _cut_at_mark(rendered, mark) if continue_final_message else rendered
         except InvalidRequest:
             raise
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -141,6 +157,23 @@ def _as_templates_read(message: Mapping[str, object]) -> Mapping[str, object]:
     given = {name: value for name, value in message.items() if value is not None}
     reasoning = next((given[name] for name in _REASONING if name in given), None)
     return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
+
+
+def _with_mark(message: Mapping[str, object], mark: str) -> dict[str, object]:
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise InvalidRequest("the final message has no text that could be continued", param="messages")
+    return {**message, "content": content + mark}
+
+
+def _cut_at_mark(rendered: str, mark: str) -> str:
+    """What stands before the mark. Where the template trimmed the message's end, so is the prompt."""
+    place = rendered.rfind(mark.rstrip())
+    if place < 0:
+        raise InvalidRequest(
+            "the model's chat template leaves the final message out, so it cannot be continued", param="messages"
+        )
+    return rendered[:place] if rendered.startswith(mark, place) else rendered[:place].rstrip()
 
 
 def _environment(clock: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:

@@ -20,7 +20,7 @@ from app.api.deps import ApiLimits, OpenAIDefaults, SamplingDefaults, ServerCont
 from app.api.protocol import BoundedHttpProtocol
 from app.client.engine_client import EngineClient
 from app.observability.metrics import Metrics
-from app.text import Tokenizer
+from app.text import ChatTemplate, Tokenizer
 from tests.contract.fake_engine import FakeEngine, fake_limits
 from tests.text_tokenizers import byte_level
 
@@ -109,6 +109,7 @@ def make_context(
     limits: ApiLimits | None = None,
     admission: AdmissionLimits | None = None,
     defaults: SamplingDefaults | None = None,
+    chat_template: ChatTemplate | None = None,
     prefix: str = "headwater_",
     runs_engine: bool = False,
     page: bool = True,
@@ -122,6 +123,7 @@ def make_context(
         metrics=metrics,
         admission=Admission(AdmissionLimits() if admission is None else admission, metrics=metrics),
         sampling_defaults=OpenAIDefaults() if defaults is None else defaults,
+        chat_template=chat_template,
         limits=ApiLimits() if limits is None else limits,
         version="0.0-test",
         runs_engine=runs_engine,

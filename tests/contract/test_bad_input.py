@@ -7,7 +7,8 @@ import openai
 import pytest
 
 from app.api.deps import ApiLimits
-from app.api.schemas.fields import REFUSED, UnknownFields
+from app.api.schemas.field_rules import UnknownFields
+from app.api.schemas.fields import COMPLETIONS
 from tests.contract.serving import MODEL, FakeServer, fake_server
 
 LONG = 10_000
@@ -84,7 +85,7 @@ ROWS: list[tuple[str, Any, int, str | None]] = [
     ("salt", {"prompt": "a", "cache_salt": "x" * 129}, 400, "cache_salt"),
     ("request-id", {"prompt": "a", "request_id": "a b"}, 400, "request_id"),
     ("unknown-model", {"prompt": "a", "model": "gpt-5"}, 404, "model"),
-    *((f"refused-{one.name}", {"prompt": "a", one.name: 1}, 400, one.name) for one in REFUSED),
+    *((f"refused-{one.name}", {"prompt": "a", one.name: 1}, 400, one.name) for one in COMPLETIONS.refused),
 ]  # fmt: skip
 
 RAW_ROWS: list[tuple[str, bytes, str | None]] = [

@@ -1,4 +1,4 @@
-"""The table of fields: complete, free of contradictions, and true of the struct, the engine and the page."""
+"""The tables of fields: complete, free of contradictions, and true of the structs, the engine and the pages."""
 
 import json
 from pathlib import Path
@@ -8,22 +8,25 @@ import msgspec
 import pytest
 
 from app.api.deps import OpenAIDefaults
+from app.api.schemas.chat import ChatRequest, check_chat
 from app.api.schemas.completions import CompletionRequest, check_completion
 from app.api.schemas.decode import decode_keys, decode_struct
-from app.api.schemas.fields import (
-    HARMLESS,
-    HONOURED,
-    REFUSED,
-    UnknownFields,
-    ignored_header,
-    reference_page,
-    sort_fields,
-)
+from app.api.schemas.field_rules import FieldTable, Refused, UnknownFields, ignored_header
+from app.api.schemas.fields import CHAT, COMPLETIONS
+from app.api.schemas.generation import GenerationRequest
+from app.api.schemas.reference import PAGES, reference_page
 from app.api.translate import sampling_params
 from app.core.errors import InvalidRequest
 from app.core.types import EngineRequest, SamplingParams
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "completions.md"
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
+ENDPOINTS: dict[str, tuple[FieldTable, type[GenerationRequest]]] = {
+    "completions": (COMPLETIONS, CompletionRequest),
+    "chat": (CHAT, ChatRequest),
+}
+REFUSALS = [
+    pytest.param(table, one, id=f"{name}-{one.name}") for name, (table, _) in ENDPOINTS.items() for one in table.refused
+]
 
 REACHES_ENGINE: dict[str, tuple[object, dict[str, Any]]] = {
     "seed": (5, {"seed": 5}),
@@ -52,6 +55,16 @@ TEXT_SIDE = {
 }
 """Honoured in the API process; tests/contract tests each."""
 REQUEST_SIDE = {"cache_salt", "priority"}
+OF_CHAT: dict[str, dict[str, Any]] = {
+    "max_completion_tokens": {"max_tokens": 5},
+    "logprobs": {"num_logprobs": 0},
+}
+"""Fields of chat alone that reach the engine → what they change; the values are below."""
+CHAT_SIDE = {
+    *("messages", "top_logprobs", "add_generation_prompt", "continue_final_message"),
+    *("chat_template_kwargs", "reasoning_effort"),
+}
+"""Honoured in the API process; tests/contract/test_chat.py tests each."""
 
 
 def parse(**fields: object) -> CompletionRequest:
@@ -63,23 +76,61 @@ def raw(**fields: object) -> dict[str, msgspec.Raw]:
     return decode_keys(json.dumps(fields).encode())
 
 
-def params_of(request: CompletionRequest) -> SamplingParams:
+def params_of(request: GenerationRequest) -> SamplingParams:
     seed = 1 if request.seed is None else request.seed
     return sampling_params(request, OpenAIDefaults(), seed=seed, room=1000, bad_words=())
 
 
-def test_each_field_stands_in_one_list_once() -> None:
-    names = [one[0] for one in (*HONOURED, *HARMLESS, *REFUSED)]
+def parse_chat(**fields: object) -> ChatRequest:
+    body = json.dumps({"messages": [{"role": "user", "content": "a"}]} | fields).encode()
+    return decode_struct(body, ChatRequest, fields=decode_keys(body))
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_each_field_stands_in_one_list_once(name: str) -> None:
+    table, _ = ENDPOINTS[name]
+    names = [one[0] for one in (*table.honoured, *table.harmless, *table.refused)]
     assert len(names) == len(set(names))
 
 
-def test_the_struct_holds_the_honoured_fields_and_no_others() -> None:
-    assert {one.name for one in HONOURED} == set(CompletionRequest.__struct_fields__)
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_the_struct_holds_the_honoured_fields_and_no_others(name: str) -> None:
+    table, struct = ENDPOINTS[name]
+    assert {one.name for one in table.honoured} == set(struct.__struct_fields__)
 
 
 def test_every_honoured_field_is_accounted_for() -> None:
     """Whoever adds a field must say where it has its effect."""
-    assert set(CompletionRequest.__struct_fields__) == {*REACHES_ENGINE, *TEXT_SIDE, *REQUEST_SIDE, "bad_words"}
+    shared = {*REACHES_ENGINE, *TEXT_SIDE, *REQUEST_SIDE, "bad_words"}
+    assert set(CompletionRequest.__struct_fields__) == shared
+    assert set(ChatRequest.__struct_fields__) == (shared - {"prompt"}) | set(OF_CHAT) | CHAT_SIDE
+
+
+def test_chat_fields_reach_the_engine() -> None:
+    before = msgspec.structs.asdict(params_of(parse_chat()))
+    values = {"max_completion_tokens": 5, "logprobs": True}
+    for name, change in OF_CHAT.items():
+        after = msgspec.structs.asdict(params_of(parse_chat(**{name: values[name]})))
+        assert after == before | change and after != before
+    assert params_of(parse_chat(logprobs=True, top_logprobs=7)).num_logprobs == 7
+    assert params_of(parse_chat(top_logprobs=0)).num_logprobs is None
+
+
+def test_chat_fields_that_need_each_other() -> None:
+    assert params_of(parse_chat(max_tokens=5, max_completion_tokens=3)).max_tokens == 3
+    assert params_of(parse_chat()).max_tokens == 1000
+    check_chat(parse_chat(top_logprobs=0))
+    for fields, param in (
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"min_tokens": 3, "max_completion_tokens": 2}, "min_tokens"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            check_chat(parse_chat(**fields))
+        assert refused.value.param == param
+    with pytest.raises(InvalidRequest, match="max_tokens"):
+        parse_chat(max_tokens=0)
 
 
 def test_every_sampling_parameter_can_be_asked_for() -> None:
@@ -102,13 +153,13 @@ def test_bad_words_reach_the_engine() -> None:
     assert params.bad_words == BAD_WORDS
 
 
-@pytest.mark.parametrize("one", REFUSED, ids=[one.name for one in REFUSED])
+@pytest.mark.parametrize(("table", "one"), REFUSALS)
 @pytest.mark.parametrize("unknown", UnknownFields)
-def test_refused_fields_are_refused_under_every_policy(one: Any, unknown: UnknownFields) -> None:
+def test_refused_fields_are_refused_under_every_policy(table: FieldTable, one: Refused, unknown: UnknownFields) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        sort_fields(raw(prompt="a", **{one.name: {}}), unknown=unknown)
+        table.sort(raw(**{one.name: {}}), unknown=unknown)
     assert refused.value.param == one.name and one.instead in refused.value.message
-    assert sort_fields(raw(prompt="a", **{one.name: None}), unknown=unknown) == ()
+    assert table.sort(raw(**{one.name: None}), unknown=unknown) == ()
 
 
 @pytest.mark.parametrize(
@@ -141,18 +192,18 @@ def test_refused_fields_are_refused_under_every_policy(one: Any, unknown: Unknow
 def test_harmless_values_are_accepted_and_others_refused(field: str, value: object, accepted: bool) -> None:
     fields = raw(prompt="a", n=3, **{field: value})
     if accepted:
-        assert sort_fields(fields, unknown=UnknownFields.REFUSE) == (field,)
+        assert COMPLETIONS.sort(fields, unknown=UnknownFields.REFUSE) == (field,)
         return
     with pytest.raises(InvalidRequest) as refused:
-        sort_fields(fields, unknown=UnknownFields.REFUSE)
+        COMPLETIONS.sort(fields, unknown=UnknownFields.REFUSE)
     assert refused.value.param == field
 
 
 def test_unknown_fields() -> None:
     with pytest.raises(InvalidRequest, match="Did you mean `temperature`") as refused:
-        sort_fields(raw(temprature=1), unknown=UnknownFields.REFUSE)
+        COMPLETIONS.sort(raw(temprature=1), unknown=UnknownFields.REFUSE)
     assert refused.value.code == "unknown_field"
-    assert sort_fields(raw(zz=1, aa=2), unknown=UnknownFields.REPORT) == ("aa", "zz")
+    assert COMPLETIONS.sort(raw(zz=1, aa=2), unknown=UnknownFields.REPORT) == ("aa", "zz")
 
 
 def test_the_header_cannot_be_broken_by_names() -> None:
@@ -160,8 +211,41 @@ def test_the_header_cannot_be_broken_by_names() -> None:
     assert ignored_header([f"f{index}" for index in range(40)]).endswith(b"f31, and 8 more")
 
 
-def test_the_reference_page_is_current() -> None:
-    assert PAGE.read_text() == reference_page(), "python -m app.api.schemas.fields > docs/reference/completions.md"
+@pytest.mark.parametrize("name", PAGES)
+def test_the_reference_pages_are_current(name: str) -> None:
+    page = REFERENCE / f"{name}.md"
+    command = f"python -m app.api.schemas.reference {name} > docs/reference/{name}.md"
+    assert page.read_text() == reference_page(PAGES[name]), command
+
+
+def test_unknown_fields_have_a_default_for_each_endpoint() -> None:
+    assert CHAT.sort(raw(zz=1)) == ("zz",)
+    with pytest.raises(InvalidRequest):
+        COMPLETIONS.sort(raw(zz=1))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [
+        ("tools", [], True),
+        ("tools", [{"type": "function", "function": {"name": "f"}}], False),
+        ("tool_choice", "auto", True),
+        ("tool_choice", "required", False),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}, False),
+        ("parallel_tool_calls", True, True),
+        ("modalities", ["text"], True),
+        ("modalities", ["text", "audio"], False),
+        ("response_format", {"type": "text"}, True),
+        ("response_format", {"type": "json_object"}, False),
+    ],
+)
+def test_harmless_values_of_chat(field: str, value: object, accepted: bool) -> None:
+    if accepted:
+        assert CHAT.sort(raw(**{field: value})) == (field,)
+        return
+    with pytest.raises(InvalidRequest) as refused:
+        CHAT.sort(raw(**{field: value}))
+    assert refused.value.param == field
 
 
 def test_defaults_of_the_model_come_before_ours_and_after_the_clients() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from app.api.deps import OpenAIDefaults, ServerContext
 from app.api.schemas.completions import CompletionRequest
-from app.api.translate import PreparedCompletion, derive_seed, prepare_completion
+from app.api.translate import PreparedGeneration, derive_seed, prepare_completion
 from app.core.errors import InvalidRequest
 from app.text import Tokenizer
 from tests.contract.fake_engine import FakeEngine, fake_limits
@@ -14,7 +14,7 @@ from tests.contract.serving import make_context
 from tests.text_tokenizers import byte_fallback, byte_level
 
 
-async def prepare(request: CompletionRequest, tokenizer: Tokenizer) -> PreparedCompletion:
+async def prepare(request: CompletionRequest, tokenizer: Tokenizer) -> PreparedGeneration:
     limits = fake_limits(vocab_size=tokenizer.vocab_size, max_model_len=64)
     context: ServerContext = make_context(
         FakeEngine((5,), limits), tokenizer=tokenizer, defaults=OpenAIDefaults(temperature=0.5)

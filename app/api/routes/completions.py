@@ -2,8 +2,9 @@
 
 from fastapi import APIRouter, Response
 
-from app.api.completion_run import CompletionRun
+from app.api.completion_form import CompletionEndpoint
 from app.api.deps import ServerContext
+from app.api.generation import GenerationRun
 from app.api.openapi import json_body, json_reply
 from app.api.schemas.completions import CompletionRequest, CompletionResponse
 
@@ -11,6 +12,7 @@ from app.api.schemas.completions import CompletionRequest, CompletionResponse
 def routes(context: ServerContext) -> APIRouter:
     """The completion route."""
     router = APIRouter(tags=["completions"])
+    endpoint = CompletionEndpoint()
 
     @router.post(
         "/v1/completions",
@@ -20,6 +22,6 @@ def routes(context: ServerContext) -> APIRouter:
     )
     async def create_completion() -> Response:
         """Go on from a prompt. Every field: docs/reference/completions.md."""
-        return CompletionRun(context)
+        return GenerationRun(context, endpoint)
 
     return router

@@ -19,6 +19,7 @@ StructType = TypeVar("StructType", bound=msgspec.Struct)
 
 _KEYS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _LOCATED = re.compile(r"^(?P<what>.*?) - at (?:`key` in )?`\$(?P<path>[^`]*)`$", re.DOTALL)
+_MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]*)`$")
 _MAX_SHOWN = 64
 _MAX_EXPLAINED = 65_536
 """Longest body that is searched for the forbidden value: the search holds the event loop."""
@@ -63,6 +64,11 @@ def shown(raw: msgspec.Raw | str | bytes) -> str:
 
 def _invalid(message: str, fields: Mapping[str, msgspec.Raw]) -> InvalidRequest:
     located = _LOCATED.match(message)
+    missing = _MISSING.match(message if located is None else located["what"])
+    if missing is not None:
+        within = "" if located is None else f"{located['path'].removeprefix('.')}."
+        path = shown(f"{within}{missing['name']}")
+        return InvalidRequest(f"`{path}` is required.", param=path)
     if located is None:
         return InvalidRequest(f"The body is not valid: {message}.")
     path = located["path"].removeprefix(".")

@@ -1,38 +1,35 @@
-"""Serving one `POST /v1/completions`, from its first byte to its last, as a raw ASGI response.
+"""Serving one generating request, from its first byte to its last, as a raw ASGI response.
 
-Whatever ends the request (its end, an error, a closed connection), every admitted sequence leaves
-admission, is counted in the metrics with one finish reason, and is aborted in the engine if it still ran.
+An endpoint says what its body means and how its answer is worded; everything between is here and the same
+for all of them. Whatever ends the request (its end, an error, a closed connection), every admitted sequence
+leaves admission, is counted in the metrics with one finish reason, and is aborted in the engine if it still ran.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
-from typing import cast
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from app.api.admission import Place
+from app.api.answers import AnswerForm, AnswerHead
 from app.api.body import ClientDisconnected, check_headers, read_body
-from app.api.choices import ChoiceBuilder, TokenSpelling, join_choices, usage_of
 from app.api.deps import ServerContext
 from app.api.disconnect import run_until_disconnect
-from app.api.errors import ErrorBody, error_body, is_expected, kind_of
+from app.api.errors import is_expected, kind_of
 from app.api.record import RequestRecord
 from app.api.respond import JSON
-from app.api.schemas.completions import (
-    CompletionChoice,
-    CompletionRequest,
-    CompletionResponse,
-    check_completion,
-)
-from app.api.schemas.decode import decode_keys, decode_struct
-from app.api.schemas.fields import ignored_header, sort_fields
+from app.api.resumption import INEXACT_COMMENT, resume_header
+from app.api.schemas.decode import decode_keys
+from app.api.schemas.field_rules import FieldTable, UnknownFields, ignored_header
 from app.api.sequence_text import Delta, SequenceAborted, SequenceText
-from app.api.sse import DONE, EventStream
-from app.api.translate import PreparedCompletion, PreparedSequence, prepare_completion
+from app.api.sse import EventStream
+from app.api.translate import PreparedGeneration, PreparedSequence
 from app.core.errors import EngineFailed
 from app.core.types import EngineLimits, EngineOutput, FinishReason
 from app.observability.sequence_meter import SequenceMeter
@@ -40,23 +37,53 @@ from app.observability.sequence_meter import SequenceMeter
 Emit = Callable[["LiveSequence", Delta], Awaitable[None]]
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked request, ready to be admitted, and the maker of its answer's form."""
+
+    generation: PreparedGeneration
+    model: str
+    """The model's name in the answer."""
+    make_form: Callable[[AnswerHead, Sequence[SequenceText]], AnswerForm]
+    ignored: tuple[str, ...] = ()
+    """Fields without effect beside those that the table tells."""
+
+
+class Endpoint(Protocol):
+    """What is one endpoint's own."""
+
+    @property
+    def table(self) -> FieldTable: ...
+
+    async def prepare(
+        self,
+        body: bytes,
+        fields: Mapping[str, msgspec.Raw],
+        context: ServerContext,
+        *,
+        limits: EngineLimits,
+        tenant: str,
+        unknown: UnknownFields,
+    ) -> Prepared:
+        """Check the body and turn it into sequences. Raises ClientError."""
+        ...
+
+
 class LiveSequence:
     """One admitted sequence with all that follows it."""
 
-    __slots__ = ("builder", "meter", "place", "prepared", "text")
+    __slots__ = ("meter", "place", "prepared", "text")
 
     def __init__(
         self,
         prepared: PreparedSequence,
         *,
         text: SequenceText,
-        builder: ChoiceBuilder,
         meter: SequenceMeter,
         place: Place,
     ) -> None:
         self.prepared = prepared
         self.text = text
-        self.builder = builder
         self.meter = meter
         self.place = place
 
@@ -66,34 +93,37 @@ class LiveSequence:
         self.place.leave()
 
 
-class CompletionAnswer:
-    """A prepared completion on its way through the engine and back."""
+class GenerationAnswer:
+    """A prepared request on its way through the engine and back."""
 
     def __init__(
         self,
-        prepared: PreparedCompletion,
+        prepared: Prepared,
         context: ServerContext,
         *,
         limits: EngineLimits,
         record: RequestRecord,
-        model: str,
-        ignored: tuple[str, ...],
+        ignored: Sequence[str],
     ) -> None:
+        generation = prepared.generation
         self._context = context
         self._record = record
-        self._seed = prepared.seed
-        self._request = request = prepared.request
-        self._head = CompletionResponse(
-            id=f"cmpl-{record.request_id if request.request_id is None else request.request_id}",
-            created=int(time.time()),
-            model=model,
-            choices=[],
-            system_fingerprint=limits.fingerprint,
-        )
-        self._headers = [(b"headwater-seed", str(prepared.seed).encode())]
+        self._request = request = generation.request
+        self._headers = [(b"headwater-seed", str(generation.seed).encode()), resume_header(limits)]
         if ignored:
             self._headers.append((b"headwater-ignored", ignored_header(ignored)))
-        self._live = self._admit(prepared, limits)
+        self._is_exact = limits.row_independent
+        self._events: EventStream | None = None
+        """Of a streamed answer."""
+        self._live = self._admit(generation, limits)
+        head = AnswerHead(
+            request_id=record.request_id if request.request_id is None else request.request_id,
+            created=int(time.time()),
+            model=prepared.model,
+            fingerprint=limits.fingerprint,
+            seed=generation.seed,
+        )
+        self._form = prepared.make_form(head, [live.text for live in self._live])
         record.is_stream = bool(request.stream)
         record.generation = context.engine.status.generation
         record.meters = tuple(live.meter for live in self._live)
@@ -113,21 +143,19 @@ class CompletionAnswer:
             for live in self._live:
                 live.close(reason)
 
-    def _admit(self, prepared: PreparedCompletion, limits: EngineLimits) -> list[LiveSequence]:
+    def _admit(self, prepared: PreparedGeneration, limits: EngineLimits) -> list[LiveSequence]:
         context, request = self._context, self._request
         counts = [len(sequence.prompt.token_ids) for sequence in prepared.sequences]
         places = context.admission.admit(counts, max_model_len=limits.max_model_len)
         context.metrics.params_n.observe(request.num_samples)
-        spelling = TokenSpelling(context.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
         live: list[LiveSequence] = []
         for sequence, place in zip(prepared.sequences, places, strict=True):
             text = SequenceText(sequence, request, context.tokenizer)
-            builder = ChoiceBuilder(sequence, request, text=text, tokenizer=context.tokenizer, spelling=spelling)
             meter = SequenceMeter(
                 context.metrics, arrived=self._record.arrived, num_prompt_tokens=len(sequence.prompt.token_ids)
             )
             context.metrics.params_max_tokens.observe(sequence.engine_request.params.max_tokens)
-            live.append(LiveSequence(sequence, text=text, builder=builder, meter=meter, place=place))
+            live.append(LiveSequence(sequence, text=text, meter=meter, place=place))
         return live
 
     async def _run_all(self, emit: Emit) -> None:
@@ -151,6 +179,8 @@ class CompletionAnswer:
         async with aclosing(generated) as outputs:
             async for output in outputs:
                 before = text.num_output_tokens
+                if output.was_handed_over:
+                    await self._note_hand_over()
                 if output.queue_seconds is not None:
                     meter.queue_seconds = output.queue_seconds
                 try:
@@ -174,18 +204,17 @@ class CompletionAnswer:
                 await emit(live, delta)
         raise EngineFailed("The engine ended this request without a reason.")
 
-    async def _send_whole(self, send: Send) -> None:
-        choices: dict[int, list[CompletionChoice]] = {live.prepared.index: [] for live in self._live}
+    async def _note_hand_over(self) -> None:
+        self._context.metrics.count_hand_over(is_exact=self._is_exact)
+        if not self._is_exact and self._events is not None:
+            await self._events.send(INEXACT_COMMENT)
 
+    async def _send_whole(self, send: Send) -> None:
         async def collect(live: LiveSequence, delta: Delta) -> None:
-            choices[live.prepared.index].append(live.builder.build(delta))
+            self._form.collect(live.prepared.index, delta)
 
         await self._run_all(collect)
-        answer = self._head
-        answer.choices = [join_choices(choices[live.prepared.index]) for live in self._live]
-        answer.usage = usage_of([(live.prepared, live.text) for live in self._live])
-        answer.seed = self._seed
-        body = msgspec.json.encode(answer)
+        body = msgspec.json.encode(self._form.whole())
         headers = [
             (b"content-type", JSON.encode()),
             (b"content-length", str(len(body)).encode()),
@@ -196,70 +225,35 @@ class CompletionAnswer:
 
     async def _send_stream(self, send: Send) -> None:
         interval = self._context.limits.keep_alive_interval
-        events = EventStream(send, headers=self._headers, keep_alive_interval=interval)
-        encode = ChunkEncoder(self._head, self._request).encode
+        self._events = events = EventStream(send, headers=self._headers, keep_alive_interval=interval)
+        event = self._form.event
 
         async def forward(live: LiveSequence, delta: Delta) -> None:
-            await events.send(encode(live, delta))
+            await events.send(event(live.prepared.index, delta))
 
         try:
             await self._run_all(forward)
-            await events.end(self._usage_event() + DONE)
+            await events.end(self._form.end())
         except Exception as error:
             if not events.is_started:
                 raise
             self._record.error_code = kind_of(error).code
             for live in self._live:
                 live.close(_finish_reason_of(error))
-            await events.end(_event(error_body(error)) + DONE)
+            await events.end(self._form.failure(error))
             if not is_expected(error):
                 raise
         finally:
             await events.close()
 
-    def _usage_event(self) -> bytes:
-        options = self._request.stream_options
-        if options is None or not options.include_usage:
-            return b""
-        last = msgspec.structs.replace(
-            self._head,
-            usage=usage_of([(live.prepared, live.text) for live in self._live]),
-            seed=self._seed,
-        )
-        return _event(last)
 
+class GenerationRun(Response):
+    """The response object of one generating request; it reads the body itself."""
 
-class ChunkEncoder:
-    """Chunks of one stream. What is the same in all of them is encoded once."""
-
-    def __init__(self, head: CompletionResponse, request: CompletionRequest) -> None:
-        self._head = head
-        options = request.stream_options
-        self._with_usage = options is not None and bool(options.continuous_usage_stats)
-        # The plain chunk is put together from bytes around its text: most chunks of most streams are plain.
-        mark = "\x00"
-        sample = msgspec.structs.replace(head, choices=[CompletionChoice(index=0, text=mark)])
-        before, after = _event(sample).split(msgspec.json.encode(mark))
-        self._before = before.removesuffix(b'0,"text":')
-        self._after = after
-        self._encode = msgspec.json.Encoder().encode
-
-    def encode(self, live: LiveSequence, delta: Delta) -> bytes:
-        """One delta as an event."""
-        if delta.finish_reason is None and live.builder.is_plain and not self._with_usage:
-            return b'%b%d,"text":%b%b' % (self._before, live.prepared.index, self._encode(delta.text), self._after)
-        chunk = msgspec.structs.replace(self._head, choices=[live.builder.build(delta)])
-        if self._with_usage:
-            chunk.usage = usage_of([(live.prepared, live.text)])
-        return _event(chunk)
-
-
-class CompletionRun(Response):
-    """The response object of one completion request; it reads the body itself."""
-
-    def __init__(self, context: ServerContext) -> None:
+    def __init__(self, context: ServerContext, endpoint: Endpoint) -> None:
         self.background = None
         self._context = context
+        self._endpoint = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the request. Errors before the first byte are raised, later ones become an event."""
@@ -277,15 +271,16 @@ class CompletionRun(Response):
 
     async def _serve(self, body: bytes, record: RequestRecord, send: Send, *, parsing: ExitStack) -> None:
         """Turn the body into an answer and send it. `parsing` is closed once the body is no longer held."""
-        context = self._context
+        context, table = self._context, self._endpoint.table
         limits = context.ready_limits()
+        unknown = table.unknown if context.limits.unknown_fields is None else context.limits.unknown_fields
         fields = decode_keys(body)
-        ignored = sort_fields(fields, unknown=context.limits.unknown_fields)
-        request = decode_struct(body, CompletionRequest, fields=fields)
-        model = context.check_model(request.model)
-        check_completion(request)
-        prepared = await prepare_completion(request, context, limits=limits)
-        answer = CompletionAnswer(prepared, context, limits=limits, record=record, model=model, ignored=ignored)
+        ignored = table.sort(fields, unknown=unknown)
+        prepared = await self._endpoint.prepare(
+            body, fields, context, limits=limits, tenant=record.tenant, unknown=unknown
+        )
+        ignored += prepared.ignored
+        answer = GenerationAnswer(prepared, context, limits=limits, record=record, ignored=ignored)
         del body, fields
         parsing.close()
         await answer.send(send)
@@ -293,7 +288,3 @@ class CompletionRun(Response):
 
 def _finish_reason_of(error: Exception) -> FinishReason:
     return FinishReason.ABORT if isinstance(error, SequenceAborted) else FinishReason.ERROR
-
-
-def _event(body: CompletionResponse | ErrorBody) -> bytes:
-    return b"data: %b\n\n" % msgspec.json.encode(body)

@@ -1,0 +1,127 @@
+"""The pages of docs/reference that say what becomes of each request field.
+
+`python -m app.api.schemas.reference NAME` prints one, NAME being a key of `PAGES`; a test holds the
+committed ones to it.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+from app.api.schemas.field_rules import FieldTable
+from app.api.schemas.fields import CHAT, COMPLETIONS
+
+
+class Page(NamedTuple):
+    """One endpoint's page."""
+
+    route: str
+    table: FieldTable
+    notes: str
+    """What the table of honoured fields does not say."""
+
+
+def reference_page(page: Page) -> str:
+    """The Markdown of one page."""
+    table = page.table
+    harmless = [(one.name, one.accepted, one.meaning) for one in table.harmless]
+    refused = [(one.name, one.instead) for one in table.refused]
+    return _PAGE.format(
+        name=next(name for name, one in PAGES.items() if one is page),
+        route=page.route,
+        notes=page.notes,
+        honoured=_table(("field", "default", "values", "meaning"), table.honoured),
+        harmless=_table(("field", "accepted values", "why"), harmless),
+        refused=_table(("field", "what to do"), refused),
+        unknown=table.unknown.value,
+    )
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    lines += [" | ".join([f"`{row[0]}`", *(str(cell) for cell in row[1:])]) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+_PAGE = """\
+# POST {route}: every field
+
+This page is generated from `app/api/schemas/fields.py` (`python -m app.api.schemas.reference {name}`).
+
+Each field is honoured, harmless or refused; `null` means "not given". What is refused is a 400 that
+names the field in `error.param`, before anything is computed.
+
+## Honoured
+
+{honoured}
+
+{notes}
+## Harmless
+
+Accepted with these values and named in the response header `Headwater-Ignored`. Other values are refused.
+
+{harmless}
+
+## Refused
+
+{refused}
+
+## Unknown
+
+What happens to any other field is decided by `--unknown-fields`: `refuse` makes it a 400, `report` ignores
+it and names it in `Headwater-Ignored`. This route's default is `{unknown}`. Refused fields stay refused.
+"""
+
+_SEEDS = """\
+Sample 0 of a prompt uses the seed itself. Sample i > 0 uses the first 8 bytes, little-endian, of
+BLAKE2b-64 over the seed and i, each as 8 little-endian bytes: the tokens of a sample depend neither on
+`n` nor on the other prompts of the request. A seed that the server draws has 53 bits, so that every JSON
+reader keeps it whole.
+"""
+
+_COMPLETION_NOTES = f"""\
+{_SEEDS}
+`text_offset` counts characters of the text from its start, the echoed prompt included. A token that
+begins inside a character has that character's offset.
+
+`usage.prompt_tokens` counts each prompt once, `completion_tokens` the output of all samples, an end token
+included. What a model made beyond a stop string is not counted.
+"""
+
+_CHAT_NOTES = f"""\
+{_SEEDS}
+**Messages** have a `role` (system, developer, user, assistant, tool, function) and `content`: a string,
+null, or a list of parts. Parts of the types `text`, `input_text`, `output_text` and `refusal` are text, joined
+by line breaks; an image, sound or file is a 400, since the model reads text. All other fields of a message
+reach the template as they are. `arguments` of an earlier tool call are parsed where they are a JSON object,
+and passed on as they are where they are not. A template that does not know the role `developer` gets `system`.
+
+**The template** is the model's own or the operator's (`--chat-template`), never the client's. Its text is
+encoded as it stands: names of special tokens in a message become these tokens, as in transformers.
+
+**`chat_template_kwargs`** may set what the template reads and the server does not set itself, to a string,
+a number, a boolean or null; `enable_thinking` is the best known. A name that the template does not read has
+no effect: it is treated as an unknown field, `chat_template_kwargs.NAME`.
+
+**Log-probabilities** show a token that is part of a character as `bytes:\\xe4\\xbd`; `bytes` is exact.
+
+`usage` counts the template's tokens too, and an end token. What a model made beyond a stop string is not counted.
+"""
+
+PAGES: Mapping[str, Page] = MappingProxyType(
+    {
+        "completions": Page("/v1/completions", COMPLETIONS, _COMPLETION_NOTES),
+        "chat": Page("/v1/chat/completions", CHAT, _CHAT_NOTES),
+    }
+)
+
+
+def main(names: Sequence[str]) -> None:
+    """Print these pages."""
+    for name in names:
+        sys.stdout.write(reference_page(PAGES[name]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
