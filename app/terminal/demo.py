@@ -4,6 +4,7 @@ Three rounds over the public API, one sha256 over the texts of each. On a server
 the three are equal, whatever is killed; elsewhere the demo says that nothing of the kind is promised.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -48,8 +49,6 @@ class DemoResult(NamedTuple):
 
 def run_demo(options: DemoOptions, *, console: Console, progress: Console) -> DemoResult:
     """Run all rounds, print them to `console` as they end. Raises ApiError where there is no server to speak to."""
-    import asyncio
-
     with ExitStack() as stack:
         status = stack.enter_context(
             progress.status("starting `headwater serve` (the first time it fetches the model)")
