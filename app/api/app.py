@@ -16,7 +16,7 @@ from app.api.middleware import RequestLayer
 from app.api.openapi import add_schemas
 from app.api.record import RequestRecord
 from app.api.respond import ErrorResponse
-from app.api.routes import chat, completions, engine, models, page, server, tokens
+from app.api.routes import chat, completions, embeddings, engine, models, page, server, tokens
 from app.core.errors import HeadwaterError, InvalidRequest, NotFound
 
 
@@ -30,7 +30,7 @@ def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
         lifespan=_lifespan_of(context),
         redirect_slashes=False,
     )
-    for module in (chat, completions, models, server, tokens, engine, page):
+    for module in (chat, completions, embeddings, models, server, tokens, engine, page):
         app.include_router(module.routes(context))
     app.add_middleware(RequestLayer, metrics=context.metrics)
     app.add_exception_handler(HeadwaterError, _answer_error)

@@ -35,12 +35,10 @@ def json_body(kind: type[msgspec.Struct]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": _content(kind)}}
 
 
-def json_reply(kind: type[msgspec.Struct]) -> dict[int | str, dict[str, Any]]:
+def json_reply(kind: type[msgspec.Struct] | None) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that answers `kind` as JSON, or an error body."""
-    return {
-        200: {"description": "OK", "content": _content(kind)},
-        "default": {"description": "An error.", "content": _content(ErrorBody)},
-    }
+    error: dict[int | str, dict[str, Any]] = {"default": {"description": "An error.", "content": _content(ErrorBody)}}
+    return error if kind is None else {200: {"description": "OK", "content": _content(kind)}, **error}
 
 
 def add_schemas(app: FastAPI) -> None:

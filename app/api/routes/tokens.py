@@ -8,16 +8,19 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
 from app.api.body import check_headers, read_body
+from app.api.chat_prompt import check_kwargs, render, require_template
 from app.api.deps import ServerContext
 from app.api.openapi import json_body, json_reply
 from app.api.respond import JsonResponse
 from app.api.schemas.decode import decode_keys, decode_struct
+from app.api.schemas.field_rules import UnknownFields
 from app.api.schemas.tokens import (
     DetokenizeRequest,
     DetokenizeResponse,
     TokenizeRequest,
     TokenizeResponse,
     TokenizerInfo,
+    conversation_of,
 )
 from app.api.translate import check_token_ids
 from app.text.tokenizer import Tokenizer
@@ -36,11 +39,18 @@ def routes(context: ServerContext) -> APIRouter:
         response_class=Response,
     )
     async def tokenize(request: Request) -> Response:
-        """The token ids of a text."""
-        body = await _read(request, context, TokenizeRequest)
+        """The token ids of a text, or of the prompt that messages make."""
+        body, fields = await _read(request, context, TokenizeRequest)
         context.check_model(body.model)
         limits = context.known_limits()
-        (token_ids,) = await context.tokenizer.encode([body.prompt], body.add_special_tokens is not False)
+        conversation = conversation_of(body)
+        if conversation is None:
+            text, adds_special = body.prompt or "", body.add_special_tokens is not False
+        else:
+            kwargs = check_kwargs(body.chat_template_kwargs, require_template(context), unknown=UnknownFields.REFUSE)
+            text = await render(conversation, fields["messages"], context, variables=kwargs)
+            adds_special = bool(body.add_special_tokens)
+        (token_ids,) = await context.tokenizer.encode([text], adds_special)
         spelled = await asyncio.to_thread(_spell, token_ids, context.tokenizer) if body.return_token_strs else None
         return JsonResponse(
             TokenizeResponse(
@@ -56,7 +66,7 @@ def routes(context: ServerContext) -> APIRouter:
     )
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        body = await _read(request, context, DetokenizeRequest)
+        body, _ = await _read(request, context, DetokenizeRequest)
         context.check_model(body.model)
         check_token_ids(body.tokens, field="tokens", vocab_size=context.known_limits().vocab_size)
         text = await asyncio.to_thread(context.tokenizer.decode, body.tokens, False)
@@ -71,10 +81,11 @@ def routes(context: ServerContext) -> APIRouter:
     return router
 
 
-async def _read(request: Request, context: ServerContext, kind: type[Body]) -> Body:
+async def _read(request: Request, context: ServerContext, kind: type[Body]) -> tuple[Body, dict[str, msgspec.Raw]]:
     with context.admission.enter(check_headers(request.scope, context.limits)):
         body = await read_body(request.receive, context.limits)
-    return decode_struct(body, kind, fields=decode_keys(body))
+    fields = decode_keys(body)
+    return decode_struct(body, kind, fields=fields), fields
 
 
 def _spell(token_ids: list[int], tokenizer: Tokenizer) -> list[str]:

@@ -1,0 +1,28 @@
+"""`POST /v1/embeddings`: refused in words. Vectors that look right and are not help nobody."""
+
+from fastapi import APIRouter, Request, Response
+
+from app.api.body import check_headers, read_body
+from app.api.deps import ServerContext
+from app.api.openapi import json_reply
+from app.api.schemas.decode import decode_keys
+from app.core.errors import InvalidRequest
+
+
+def routes(context: ServerContext) -> APIRouter:
+    """The route that says why there is none."""
+    router = APIRouter(tags=["embeddings"])
+
+    @router.post("/v1/embeddings", responses=json_reply(None), response_class=Response)
+    async def create_embedding(request: Request) -> Response:
+        """Always refused: the served model writes text and is no embedding model."""
+        with context.admission.enter(check_headers(request.scope, context.limits)):
+            decode_keys(await read_body(request.receive, context.limits))
+        raise InvalidRequest(
+            f"The served model {context.model_names[0]} writes text; it is no embedding model. "
+            "Send this request to a server of one.",
+            param="model",
+            code="not_an_embedding_model",
+        )
+
+    return router
