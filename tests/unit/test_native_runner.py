@@ -77,9 +77,9 @@ def test_prompt_logprobs_are_those_of_single_steps(runner: NativeRunner) -> None
 def test_a_row_whose_logits_are_not_finite_fails_alone(runner: NativeRunner) -> None:
     hand = Hand(runner)
     hand.run(hand.entry(1, PROMPT, (1, 2), params=GREEDY), hand.entry(2, PROMPT, (3, 4)))
-    runner._model._kv[0][1].reshape(runner.info.num_kv_blocks, -1)[3] = 0x7FC0
+    runner.model.kv[3] = 0x7FC0
     good, bad = hand.run(hand.entry(1, PROMPT[:1], (1, 2), start=90), hand.entry(2, PROMPT[:1], (3, 4), start=90))
-    runner._model._kv[0][1][:] = 0
+    runner.model.kv[:] = 0
     assert good.error is None and len(good.token_ids) == 1
     assert bad.error is not None and "not finite" in bad.error and bad.token_ids == ()
 

@@ -14,7 +14,7 @@ class Arena:
 
     def __init__(self, num_bytes: int, *, huge_pages: bool) -> None:
         self.num_bytes = num_bytes
-        mapping = mmap.mmap(-1, max(_LINE, num_bytes) + _HUGE)
+        mapping = mmap.mmap(-1, max(_LINE, num_bytes) + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
             mapping.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = np.frombuffer(mapping, dtype=np.uint8)

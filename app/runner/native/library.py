@@ -61,6 +61,7 @@ class CModel(Structure):
         ("reserved", c_int32),
         ("norm_eps", c_float),
         ("attention_scale", c_float),
+        ("block_stride", c_int64),
         ("layers", POINTER(CLayer)),
         ("head", CLinear),
         ("embedding", c_void_p),

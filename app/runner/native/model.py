@@ -21,9 +21,9 @@ class NativeModel:
         self.shape = shape
         self.weights = weights
         self._cos, self._sin = rotation_tables(shape.inverse_frequencies, max_model_len)
-        self._kv = _kv_pool(shape, num_blocks)
+        self.kv = _kv_pool(shape, num_blocks)
         self._layers = (CLayer * shape.num_layers)(
-            *(_layer_struct(layer, kv) for layer, kv in zip(weights.layers, self._kv, strict=True))
+            *(_layer_struct(layer, self.kv[0, index]) for index, layer in enumerate(weights.layers))
         )
         self.struct = CModel(
             num_layers=shape.num_layers,
@@ -37,6 +37,7 @@ class NativeModel:
             has_int8=int(weights.head.scale is not None),
             norm_eps=shape.norm_eps,
             attention_scale=shape.head_dim**-0.5,
+            block_stride=self.kv[0].size,
             layers=self._layers,
             head=weights.head.as_struct(),
             embedding=address(weights.embedding),
@@ -66,14 +67,18 @@ def rotation_tables(
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def _kv_pool(shape: ModelShape, num_blocks: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-    """K and V of each layer, zero: memory is taken block by block as it is written."""
-    count = num_blocks * shape.num_kv_heads * BLOCK_SIZE * shape.head_dim
-    arena = Arena(2 * shape.num_layers * count * 2, huge_pages=False)
-    return [(arena.take(count, np.uint16), arena.take(count, np.uint16)) for _ in range(shape.num_layers)]
+def _kv_pool(shape: ModelShape, num_blocks: int) -> NDArray[Any]:
+    """(num_blocks, num_layers, 2, elements of K or V), zero: memory is taken as blocks are first written.
+
+    A block's layers lie together, so that large pages are filled block by block.
+    """
+    elements = shape.num_kv_heads * BLOCK_SIZE * shape.head_dim
+    arena = Arena(num_blocks * shape.num_layers * 2 * elements * 2, huge_pages=True)
+    pool = arena.take(num_blocks * shape.num_layers * 2 * elements, np.uint16)
+    return pool.reshape(num_blocks, shape.num_layers, 2, elements)
 
 
-def _layer_struct(layer: LayerWeights, kv: tuple[NDArray[Any], NDArray[Any]]) -> CLayer:
+def _layer_struct(layer: LayerWeights, first_kv: NDArray[Any]) -> CLayer:
     linears: dict[str, CLinear] = {
         name: getattr(layer, name).as_struct() for name in ("qkv", "output", "gate_up", "down")
     }
@@ -83,6 +88,6 @@ def _layer_struct(layer: LayerWeights, kv: tuple[NDArray[Any], NDArray[Any]]) ->
         mlp_norm=address(layer.mlp_norm),
         q_norm=address(layer.q_norm),
         k_norm=address(layer.k_norm),
-        k_cache=address(kv[0]),
-        v_cache=address(kv[1]),
+        k_cache=address(first_kv[0]),
+        v_cache=address(first_kv[1]),
     )

@@ -79,20 +79,20 @@ class NativeForward:
 
 
 class NativeRunner:
-    """See the module. One thread calls it."""
+    """See the module. One thread calls it. `library`, `model` and `context` are open to benchmarks and tests."""
 
     def __init__(
         self, library: Library, model: NativeModel, info: RunnerInfo, *, eos_token_ids: Sequence[int], num_threads: int
     ) -> None:
-        self._library = library
-        self._model = model
+        self.library = library
+        self.model = model
         self._info = info
         blocks_per_row = -(-info.max_model_len // BLOCK_SIZE)
         self._rows = RowTable(
             vocab_size=info.vocab_size, eos_token_ids=eos_token_ids, blocks_per_row=blocks_per_row + 1
         )
-        self._context: int | None = library.open(num_threads)
-        if not self._context:
+        self.context: int | None = library.open(num_threads)
+        if not self.context:
             raise MemoryError("no memory for the native tier's threads")
 
     @property
@@ -105,7 +105,7 @@ class NativeRunner:
         self._rows.begin(plan)
         arrays = self._gather(plan.entries)
         forward = self._ask(plan.entries, arrays)
-        self._call(self._library.forward, arrays, forward.wanted)
+        self._call(self.library.forward, arrays, forward.wanted)
         return forward
 
     def sample(self, plan: StepPlan, forward: Forward) -> StepResult:
@@ -116,9 +116,9 @@ class NativeRunner:
 
     def close(self) -> None:
         """End the threads and give back scratch memory."""
-        if self._context:
-            self._library.close(self._context)
-            self._context = None
+        if self.context:
+            self.library.close(self.context)
+            self.context = None
 
     def _gather(self, entries: Sequence[PlanEntry]) -> StepArrays:
         counts = np.array([len(entry.token_ids) for entry in entries], dtype=np.int32)
@@ -150,11 +150,11 @@ class NativeRunner:
             needs_logits = not self._rows[entry.row].takes_largest(entry.start + len(entry.token_ids))
             slots.append(num_slots if needs_logits else -1)
             num_slots += needs_logits
-        return NativeForward(arrays, Wanted(tokens, slots, self._model.logits_stride), logits_rows)
+        return NativeForward(arrays, Wanted(tokens, slots, self.model.logits_stride), logits_rows)
 
     def _call(self, function: "ctypes._NamedFuncPointer", arrays: StepArrays, wanted: Wanted) -> None:
         step = arrays.struct(wanted)
-        if function(self._context, self._model.reference, ctypes.byref(step)) < 0:
+        if function(self.context, self.model.reference, ctypes.byref(step)) < 0:
             raise MemoryError(f"no memory for a step of {len(arrays.token_ids)} tokens; lower --max-num-batched-tokens")
 
     def _sample_entry(self, index: int, entry: PlanEntry, forward: NativeForward) -> RowResult:
@@ -200,6 +200,6 @@ class NativeRunner:
         first = int(forward.arrays.entry_starts[index])
         for begin in range(first, first + count, _SCORE_ROWS):
             tokens = range(begin, min(begin + _SCORE_ROWS, first + count))
-            wanted = Wanted(tokens, range(len(tokens)), self._model.logits_stride)
-            self._call(self._library.score, forward.arrays, wanted)
+            wanted = Wanted(tokens, range(len(tokens)), self.model.logits_stride)
+            self._call(self.library.score, forward.arrays, wanted)
             yield wanted.logits[:, : self._info.vocab_size]

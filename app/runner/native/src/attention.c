@@ -19,7 +19,7 @@ int query_tokens(const hw_model *model) {
 }
 
 static uint16_t *block_at(const hw_model *model, uint16_t *cache, int32_t block, int kv_head) {
-    return cache + ((long)block * model->num_kv_heads + kv_head) * BLOCK_TOKENS * model->head_dim;
+    return cache + block * model->block_stride + (long)kv_head * BLOCK_TOKENS * model->head_dim;
 }
 
 /* K: pairs of dimensions, tokens side by side. */
@@ -61,30 +61,56 @@ void cache_write(const hw_model *model, const hw_layer *layer, const float *qkv,
     }
 }
 
-/* One row against one block: scores to probabilities in bf16, and the running maximum and sum. */
-static void softmax_row(attention_scratch *s, int row, int tokens, int columns, float scale, float *out, int dim) {
-    float *scores = s->scores + row * BLOCK_TOKENS;
-    uint16_t *p = s->p + row * BLOCK_TOKENS;
-    vf most = v_set1(-INFINITY);
-    for (int c = 0; c < columns; c += VL) {
-        vf x = v_select(v_first(tokens - c), v_mul(v_load(scores + c), v_set1(scale)), v_set1(-INFINITY));
-        v_store(scores + c, x);
-        most = v_max(most, x);
+#define SCORES (BLOCK_TOKENS / VL) /* vectors of scores */
+#define SCORES_LOOP _Pragma("GCC unroll 8") for (int j = 0; j < SCORES; j++)
+
+/* Make `largest` the row's reference: what was summed under the old one shrinks. */
+static void rebase_row(attention_scratch *s, int row, float largest, float *out, int dim) {
+    vf shrink = v_exp2_negative(v_set1(s->largest[row] - largest));
+    for (int d = 0; d < dim; d += VL) v_store(out + d, v_mul(v_load(out + d), shrink));
+    s->sum[row] *= v_largest(shrink);
+    s->largest[row] = largest;
+}
+
+/* One row against one block: scores to probabilities in bf16, and the running maximum and sum. `tokens`
+ * of the block are the row's; `is_full`: all. */
+INLINE void softmax_row(const int is_full, attention_scratch *s, int row, int tokens, float scale, int dim) {
+    const float *scores = s->scores + row * BLOCK_TOKENS;
+    vf x[SCORES], most = v_set1(-INFINITY), sum = v_zero();
+    SCORES_LOOP {
+        x[j] = v_mul(v_load(scores + j * VL), v_set1(scale));
+        if (!is_full) x[j] = v_select(v_first(tokens - j * VL), x[j], v_set1(-INFINITY));
+        most = v_max(most, x[j]);
     }
-    float before = s->largest[row], largest = v_largest(most);
-    if (largest > before) {
-        vf shrink = v_exp2(v_set1(before - largest));
-        for (int d = 0; d < dim; d += VL) v_store(out + d, v_mul(v_load(out + d), shrink));
-        s->sum[row] *= v_largest(shrink);
-        s->largest[row] = largest;
-    }
-    vf reference = v_set1(s->largest[row]), sum = v_zero();
-    for (int c = 0; c < columns; c += VL) {
-        vf e = v_select(v_first(tokens - c), v_exp2(v_sub(v_load(scores + c), reference)), v_zero());
+    float largest = v_largest(most);
+    if (largest > s->largest[row]) rebase_row(s, row, largest, s->out + row * dim, dim);
+    vf reference = v_set1(s->largest[row]);
+    SCORES_LOOP {
+        vf e = v_exp2_negative(v_sub(x[j], reference));
+        if (!is_full) e = v_select(v_first(tokens - j * VL), e, v_zero());
         sum = v_add(sum, e);
-        v_store_bf16(p + c, e);
+        v_store_bf16(s->p + row * BLOCK_TOKENS + j * VL, e);
     }
     s->sum[row] += v_sum(sum);
+}
+
+static void softmax_rows(attention_scratch *s, int from, int rows, int group, int first_seen, float scale, int dim) {
+    for (int r = from; r < rows; r++) {
+        int tokens = first_seen + r / group;
+        if (tokens >= BLOCK_TOKENS) softmax_row(1, s, r, BLOCK_TOKENS, scale, dim);
+        else softmax_row(0, s, r, tokens, scale, dim);
+    }
+}
+
+/* Ask for a block of K or V before it is needed. */
+static void draw_block(const uint16_t *block, int dim) {
+    for (long i = 0; i < BLOCK_TOKENS * dim * 2; i += 64) _mm_prefetch((const char *)block + i, _MM_HINT_T1);
+}
+
+/* The block that is needed next is drawn in while this one is multiplied; by the first tile alone. */
+static void draw_beside(tile_in *t, const uint16_t *next, int tile) {
+    t->ahead = (const char *)next;
+    t->ahead_step = tile == 0 ? t->w_stride * 4 : 0;
 }
 
 static void scores_of(attention_scratch *s, const uint16_t *keys, const uint16_t *next, int from, int rows, int columns,
@@ -93,8 +119,7 @@ static void scores_of(attention_scratch *s, const uint16_t *keys, const uint16_t
     for (int i = 0; i < count; i++) {
         int row = from + tile_start(rows - from, count, i), end = from + tile_start(rows - from, count, i + 1);
         tile_in t = {.x = s->q + row * dim, .x_stride = dim / 2, .w = keys, .w_stride = BLOCK_TOKENS, .groups = dim / 2};
-        t.ahead = (const char *)next;
-        t.ahead_step = BLOCK_TOKENS * 4;
+        draw_beside(&t, next, i);
         tile_run_bf16(&t, end - row, columns, NULL, 0, s->scores + row * BLOCK_TOKENS, BLOCK_TOKENS);
     }
 }
@@ -102,12 +127,12 @@ static void scores_of(attention_scratch *s, const uint16_t *keys, const uint16_t
 static void add_values(attention_scratch *s, const uint16_t *values, const uint16_t *next, int from, int rows,
                        int tokens, int dim) {
     int count = tile_count(rows - from);
+    if (tokens < BLOCK_TOKENS) draw_block(next, dim); /* too few steps to draw it beside them */
     for (int i = 0; i < count; i++) {
         int row = from + tile_start(rows - from, count, i), end = from + tile_start(rows - from, count, i + 1);
         tile_in t = {.x = s->p + row * BLOCK_TOKENS, .x_stride = BLOCK_TOKENS / 2, .w = values, .w_stride = dim};
         t.groups = (tokens + 1) / 2;
-        t.ahead = (const char *)next;
-        t.ahead_step = dim * 4;
+        draw_beside(&t, next, i);
         float *out = s->out + row * dim;
         tile_run_bf16(&t, end - row, dim, out, dim, out, dim);
     }
@@ -135,7 +160,8 @@ static void end(const hw_model *model, attention_scratch *s, const query_block *
 }
 
 void attend(const hw_model *model, const hw_layer *layer, const hw_step *step, const query_block *b, int kv_head,
-            const float *qkv, long qkv_stride, uint16_t *out, long out_stride, attention_scratch *s) {
+            int32_t next_block, int next_kv_head, const float *qkv, long qkv_stride, uint16_t *out, long out_stride,
+            attention_scratch *s) {
     const int dim = model->head_dim, group = model->num_heads / model->num_kv_heads, rows = b->count * group;
     const int first = step->positions[b->first], last = first + b->count - 1;
     const int32_t *table = step->block_tables + step->table_starts[b->entry];
@@ -143,16 +169,16 @@ void attend(const hw_model *model, const hw_layer *layer, const hw_step *step, c
     begin(model, s, b, kv_head, qkv, qkv_stride);
     for (int block = 0; block <= last / BLOCK_TOKENS; block++) {
         const int start = block * BLOCK_TOKENS, tokens = last + 1 - start < BLOCK_TOKENS ? last + 1 - start : BLOCK_TOKENS;
-        const int columns = (tokens + 15) / 16 * 16, next = block < last / BLOCK_TOKENS ? block + 1 : block;
+        const int columns = (tokens + 15) / 16 * 16;
         const int from = start > first ? (start - first) * group : 0; /* rows before it end in earlier blocks */
+        const int is_last = block == last / BLOCK_TOKENS;
+        const int32_t next = is_last ? next_block : table[block + 1];
+        const int next_head = is_last ? next_kv_head : kv_head;
         scores_of(s, block_at(model, layer->k_cache, table[block], kv_head),
-                  block_at(model, layer->k_cache, table[next], kv_head), from, rows, columns, dim);
-        for (int r = from; r < rows; r++) {
-            int seen = first + r / group + 1 - start;
-            softmax_row(s, r, seen < BLOCK_TOKENS ? seen : BLOCK_TOKENS, columns, scale, s->out + r * dim, dim);
-        }
+                  block_at(model, layer->k_cache, next, next_head), from, rows, columns, dim);
+        softmax_rows(s, from, rows, group, first + 1 - start, scale, dim);
         add_values(s, block_at(model, layer->v_cache, table[block], kv_head),
-                   block_at(model, layer->v_cache, table[next], kv_head), from, rows, tokens, dim);
+                   block_at(model, layer->v_cache, next, next_head), from, rows, tokens, dim);
     }
     end(model, s, b, kv_head, out, out_stride);
 }

@@ -20,7 +20,9 @@ int query_tokens(const hw_model *model);
 /* Store K and V of token t. `next_in_entry`: the next token of the step follows it in its sequence. */
 void cache_write(const hw_model *model, const hw_layer *layer, const float *qkv, long stride, int position,
                  const int32_t *table, int has_previous, int has_next);
-/* out[token][head][dim] for the tokens of a block and the heads that share kv head `kv_head`. */
+/* out[token][head][dim] for the tokens of a query block and the heads that share kv head `kv_head`.
+ * next_block, next_kv_head: what this thread is likely to read after it. */
 void attend(const hw_model *model, const hw_layer *layer, const hw_step *step, const query_block *block, int kv_head,
-            const float *qkv, long qkv_stride, uint16_t *out, long out_stride, attention_scratch *scratch);
+            int32_t next_block, int next_kv_head, const float *qkv, long qkv_stride, uint16_t *out, long out_stride,
+            attention_scratch *scratch);
 #endif

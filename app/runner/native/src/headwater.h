@@ -3,8 +3,9 @@
  * Layouts (bf16 as uint16_t):
  *   packed bf16 weight   [n_pad / 64][k / 2][64][2]         k even, n_pad a multiple of 64, zero padding
  *   packed int8 weight   [n_pad / 64][k / 4][64][4]         signed, k a multiple of 4
- *   K of a layer         [block][kv head][head_dim / 2][64 tokens][2]
- *   V of a layer         [block][kv head][32 token pairs][head_dim][2]
+ *   KV pool              [block][layer][K, then V]: what a block of tokens needs lies together
+ *     K                  [kv head][head_dim / 2][64 tokens][2]
+ *     V                  [kv head][32 token pairs][head_dim][2]
  * A row of activations is padded to a multiple of 64 columns with zeros.
  *
  * Rule: the order in which a row's numbers are added is fixed by the shapes of the model and by the
@@ -28,12 +29,13 @@ typedef struct {
     hw_linear qkv, output, gate_up, down; /* gate_up: 16 gate columns, 16 up columns, in turn */
     const float *attention_norm, *mlp_norm; /* [hidden_pad] */
     const float *q_norm, *k_norm;           /* [head_dim] or NULL */
-    uint16_t *k_cache, *v_cache;
+    uint16_t *k_cache, *v_cache; /* of block 0 */
 } hw_layer;
 
 typedef struct {
     int32_t num_layers, hidden, hidden_pad, num_heads, num_kv_heads, head_dim, act_pad, vocab, has_int8, reserved;
     float norm_eps, attention_scale;
+    int64_t block_stride; /* elements from a block to the next in k_cache and v_cache */
     const hw_layer *layers;
     hw_linear head;
     const uint16_t *embedding; /* packed bf16, as a linear of vocab columns */

@@ -32,10 +32,8 @@ INLINE vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 INLINE vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vf v_abs(vf a) { return _mm512_abs_ps(a); }
 INLINE vf v_round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-/* 2^n for whole n in -126..127. */
-INLINE vf v_pow2(vf n) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
-}
+/* a * 2^n for whole n in -126..126. */
+INLINE vf v_scale2(vf a, vf n) { return _mm512_scalef_ps(a, n); }
 /* Lanes whose index is below n. */
 INLINE vm v_first(int n) { return n >= VL ? 0xffff : n <= 0 ? 0 : (vm)((1u << n) - 1); }
 INLINE vm v_greater(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }

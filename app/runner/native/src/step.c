@@ -127,13 +127,17 @@ static void rotate_and_store(const job *j, const hw_layer *layer, int thread, in
     }
 }
 
-static void attend_items(const job *j, int index, int thread) {
+static void attend_items(const job *j, int index, int thread, int threads) {
     hw_context *c = j->ctx;
     const hw_model *m = j->model;
-    const int heads = m->num_kv_heads;
-    for (int i; (i = atomic_fetch_add(&c->next_item[index], 1)) < c->num_queries * heads;)
-        attend(m, m->layers + index, j->step, c->queries + i / heads, i % heads, c->qkv, qkv_stride(m), c->attended,
-               attended_stride(m), c->attention + thread);
+    const hw_step *s = j->step;
+    const int heads = m->num_kv_heads, items = c->num_queries * heads;
+    for (int i; (i = atomic_fetch_add(&c->next_item[index], 1)) < items;) {
+        int next = i + threads < items ? i + threads : i; /* the likely one: threads take turns */
+        int32_t next_block = s->block_tables[s->table_starts[c->queries[next / heads].entry]];
+        attend(m, m->layers + index, s, c->queries + i / heads, i % heads, next_block, next % heads, c->qkv,
+               qkv_stride(m), c->attended, attended_stride(m), c->attention + thread);
+    }
 }
 
 /* x times a linear into `done`. An int8 linear's bytes are made first, unless the norm made them. */
@@ -166,7 +170,7 @@ static void run_layer(const job *j, int index, int thread, int threads) {
     pool_barrier(c->pool, threads);
     rotate_and_store(j, layer, thread, threads);
     pool_barrier(c->pool, threads);
-    attend_items(j, index, thread);
+    attend_items(j, index, thread, threads);
     pool_barrier(c->pool, threads);
     project(j, &layer->output, c->attended, attended_stride(m), rows, 0, &to_residual, thread, threads);
     pool_barrier(c->pool, threads);
@@ -270,6 +274,47 @@ int32_t hw_score(hw_context *c, const hw_model *model, const hw_step *step) {
     lay_out(c, model, step, c->memory);
     job j = {c, model, step};
     return pool_run(c->pool, score_region, &j);
+}
+
+/* ---- single kernels, for loadtest/bench_kernels.py ---- */
+
+typedef struct {
+    hw_context *ctx;
+    const hw_layer *layers;
+    int32_t num_layers, which, rows; /* which: 0 qkv, 1 output, 2 gate and up, 3 down */
+    linear_in in;
+    float *out;
+} linear_job;
+
+static void linears_region(void *arg, int thread, int threads) {
+    const linear_job *j = arg;
+    for (int l = 0; l < j->num_layers; l++) {
+        const hw_linear *lin = &j->layers[l].qkv + j->which;
+        const finish done = {.kind = FINISH_STORE, .out = j->out, .stride = lin->n_pad};
+        linear_run(lin, &j->in, j->rows, &done, thread, threads);
+    }
+    pool_barrier(j->ctx->pool, threads);
+}
+
+/* One linear of every layer, one after the other. x: bf16, or bytes with scales for int8; [rows][k]. */
+void hw_run_linears(hw_context *c, const hw_layer *layers, int32_t num_layers, int32_t which, int32_t rows,
+                    const void *x, const float *scales, float *out) {
+    const long k = (&layers->qkv + which)->k;
+    linear_job j = {c, layers, num_layers, which, rows, {.bf16 = x, .bytes = x, .scales = scales, .stride = k}, out};
+    pool_run(c->pool, linears_region, &j);
+}
+
+static void attention_region(void *arg, int thread, int threads) {
+    const job *j = arg;
+    for (int l = 0; l < j->model->num_layers; l++) attend_items(j, l, thread, threads);
+    pool_barrier(j->ctx->pool, threads);
+}
+
+/* The attention of every layer for a step that hw_forward computed last. */
+void hw_run_attention(hw_context *c, const hw_model *model, const hw_step *step) {
+    plan_queries(c, model, step);
+    job j = {c, model, step};
+    pool_run(c->pool, attention_region, &j);
 }
 
 /* Sizes of the structs, for Python to compare with its own. */

@@ -3,18 +3,33 @@
 #define HW_VMATH_H
 #include SIMD_HEADER
 
-/* 2^x within 2 ulp for x in -126..126; below, the smallest normal number. NaN stays NaN. */
+/* x as n + r, n whole and |r| <= 1/2; x below -126 counts as -126. */
+INLINE vf v_whole_part(vf x, vf *r) {
+    x = v_max(v_set1(-126.0f), x);
+    vf n = v_round(x);
+    *r = v_sub(x, n);
+    return n;
+}
+
+/* 2^x within 1e-7 for x up to 126. NaN stays NaN. */
 INLINE vf v_exp2(vf x) {
-    x = v_min(v_set1(126.0f), v_max(v_set1(-126.0f), x));
-    vf n = v_round(x), r = v_sub(x, n);
-    vf p = v_set1(1.5403530e-4f);
-    p = v_fma(p, r, v_set1(1.3333558e-3f));
-    p = v_fma(p, r, v_set1(9.6181291e-3f));
-    p = v_fma(p, r, v_set1(5.5504109e-2f));
-    p = v_fma(p, r, v_set1(2.4022651e-1f));
-    p = v_fma(p, r, v_set1(6.9314718e-1f));
-    p = v_fma(p, r, v_set1(1.0f));
-    return v_mul(p, v_pow2(n));
+    vf r, n = v_whole_part(v_min(v_set1(126.0f), x), &r);
+    vf p = v_set1(1.32646975e-3f);
+    p = v_fma(p, r, v_set1(9.6715113e-3f));
+    p = v_fma(p, r, v_set1(5.5507343e-2f));
+    p = v_fma(p, r, v_set1(2.4022242e-1f));
+    p = v_fma(p, r, v_set1(6.9314698e-1f));
+    return v_scale2(v_fma(p, r, v_set1(1.0f)), n);
+}
+
+/* 2^x within 3e-6 for x <= 0: probabilities, which become bf16. 2^0 is 1. */
+INLINE vf v_exp2_negative(vf x) {
+    vf r, n = v_whole_part(x, &r);
+    vf p = v_set1(9.58285e-3f);
+    p = v_fma(p, r, v_set1(5.590642e-2f));
+    p = v_fma(p, r, v_set1(2.4024099e-1f));
+    p = v_fma(p, r, v_set1(6.9312419e-1f));
+    return v_scale2(v_fma(p, r, v_set1(1.0f)), n);
 }
 
 #define LOG2_E 1.44269504f
