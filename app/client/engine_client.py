@@ -32,6 +32,10 @@ class EngineStatus(msgspec.Struct, frozen=True):
     """Sequences in the journal: admitted and not finished."""
     engine_pid: int | None = None
     """The engine's process; None while there is none, and where it is not on this machine."""
+    last_step_age: float | None = None
+    """Seconds since the engine told of a step; None where it has not yet."""
+    is_stalled: bool = False
+    """The engine makes no progress although it should, or was stopped; it is replaced if that goes on."""
 
 
 class EngineClient(Protocol):

@@ -94,7 +94,17 @@ class LocalEngineClient:
         state = self._state
         if self._is_draining and state is not EngineState.FAILED:
             state = EngineState.DRAINING
-        return EngineStatus(state, self._generation, self._detail, self._last_step, len(self._journal), self.engine_pid)
+        life = self._life
+        return EngineStatus(
+            state,
+            self._generation,
+            self._detail,
+            self._last_step,
+            len(self._journal),
+            self.engine_pid,
+            last_step_age=None if life is None else life.last_step_age,
+            is_stalled=life is not None and life.is_stalled,
+        )
 
     @property
     def limits(self) -> EngineLimits | None:

@@ -6,10 +6,14 @@ import msgspec
 class Supervision(msgspec.Struct, frozen=True, kw_only=True):
     """Limits of one supervised engine. Times are seconds."""
 
-    hang_seconds: float = 10.0
-    """A step that takes longer is a hang, unless steps of late were slow too (`hang_factor`)."""
-    hang_factor: float = 20.0
-    """Times the median of the last steps; the larger of the two limits counts."""
+    hang_seconds: float = 2.0
+    """A step that takes longer is a hang, unless more is expected of its size (`hang_factor`)."""
+    hang_factor: float = 10.0
+    """Times what the engine's own steps of that many tokens took; the larger of the two limits counts."""
+    unknown_step_seconds: float = 1.0
+    """Expected of the first step of an engine, beside `unknown_token_seconds` for each of its tokens: generous,
+    because it also pays for what is done once (pages of the weights, kernels that are built when first used)."""
+    unknown_token_seconds: float = 0.01
     load_seconds: float = 600.0
     """From the start of an engine to its Ready."""
     max_deaths: int = 5

@@ -13,6 +13,7 @@ from app.client.autopsy import MemoryWatch, find_kill_counter, is_self_inflicted
 from app.client.process import EngineProcess, describe_returncode
 from app.client.settings import Supervision
 from app.client.stall import StallWatch
+from app.client.starvation import RunQueueWait
 from app.ipc.messages import Fatal, FromEngine, Ready, StepOutputs, ToEngine
 from app.ipc.progress import EnginePhase
 from app.ipc.transport import ApiEnd, FrameError
@@ -44,6 +45,8 @@ class EngineLife:
         self._process = process
         self._supervision = supervision
         self._stall = StallWatch(supervision)
+        self._run_queue = RunQueueWait(process.pid)
+        self._last_step_at: float | None = None
         self._end: ApiEnd | None = None
         self._watching: asyncio.Task[None] | None = None
         self._memory = MemoryWatch(find_kill_counter().read, time.monotonic())
@@ -94,8 +97,20 @@ class EngineLife:
             if isinstance(message, Fatal):
                 raise EngineDeath(message.reason, is_configuration=message.is_configuration)
             if isinstance(message, StepOutputs):
-                self._stall.note_step(message.stats.step_seconds)
+                stats = message.stats
+                self._stall.times.note(stats.num_prefill_tokens + stats.num_decode_tokens, stats.step_seconds)
+                self._last_step_at = time.monotonic()
             return message
+
+    @property
+    def last_step_age(self) -> float | None:
+        """Seconds since the engine told of a step; None before the first."""
+        return None if self._last_step_at is None else time.monotonic() - self._last_step_at
+
+    @property
+    def is_stalled(self) -> bool:
+        """It will be replaced unless it makes progress soon: it hangs, or somebody stopped it."""
+        return self._ready_at is not None and self._stall.is_suspicious
 
     @property
     def keys_at_death(self) -> tuple[int, ...]:
@@ -142,7 +157,12 @@ class EngineLife:
             await asyncio.sleep(self._supervision.tick_seconds)
             progress = self._process.progress.read()
             accusation = self._stall.look(
-                progress, time.monotonic(), is_ready=self._ready_at is not None, has_live=self.has_live
+                progress,
+                time.monotonic(),
+                is_ready=self._ready_at is not None,
+                has_live=self.has_live,
+                is_stopped=is_stopped(self._process.pid),
+                starved_seconds=self._run_queue.take(),
             )
             self._memory.tick(time.monotonic())
             if accusation is not None:

@@ -15,7 +15,14 @@ from app.client.settings import Supervision
 from app.core.config import EngineConfig
 from app.core.types import EngineOutput, EngineRequest, FinishReason, SamplingParams
 
-IMPATIENT = Supervision(hang_seconds=1.0, tick_seconds=0.05, backoff_seconds=0.01, load_seconds=30.0)
+IMPATIENT = Supervision(
+    hang_seconds=1.0,
+    unknown_step_seconds=0.1,
+    unknown_token_seconds=0.0,
+    tick_seconds=0.05,
+    backoff_seconds=0.01,
+    load_seconds=30.0,
+)
 WAIT_SECONDS = 30.0
 FAKE_ENGINE = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))
 

@@ -84,16 +84,20 @@ async def test_a_stopped_engine_is_replaced() -> None:
         answer = Answer()
         task = asyncio.create_task(answer.fill(client, request("b", max_tokens=100)))
         await until(lambda: len(answer.token_ids) > 10)
+        assert client.status.last_step_age is not None and not client.status.is_stalled
         hurt(client, signal.SIGSTOP)
+        await until(lambda: client.status.is_stalled)
         await task
-        assert client.status.generation == 2
+        assert client.status.generation == 2 and not client.status.is_stalled
     assert answer.token_ids == expected.token_ids
 
 
-async def test_an_engine_that_was_stopped_while_idle_is_replaced_when_asked() -> None:
+async def test_an_engine_that_was_stopped_while_idle_is_replaced() -> None:
     async with running(scripted()) as client:
         await complete(client, request("a"))
         hurt(client, signal.SIGSTOP)
+        await until(lambda: client.status.generation == 2)
+        await until_ready(client)
         answer = await complete(client, request("b"))
         assert answer.finish_reason is FinishReason.LENGTH
         assert client.status.generation == 2

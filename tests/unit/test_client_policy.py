@@ -15,7 +15,8 @@ from app.client.process import describe_returncode
 from app.client.quarantine import MAX_ENTRIES, QUARANTINE_SECONDS, Quarantine
 from app.client.restart import RestartBudget
 from app.client.settings import Supervision
-from app.client.stall import StallWatch
+from app.client.stall import StallWatch, StepTimes
+from app.client.starvation import RunQueueWait
 from app.core.types import EngineOutput, EngineRequest, SamplingParams
 from app.ipc.progress import EnginePhase, Progress
 
@@ -70,19 +71,70 @@ class TestRestartBudget:
         assert all(budget.next_delay(ready_seconds=0.0, counts=False) is not None for _ in range(20))
 
 
+class TestStepTimes:
+    def test_an_engine_without_a_step_is_given_time(self) -> None:
+        times = StepTimes(SUPERVISION)
+        assert times.expected(1) == 1.01
+        assert times.expected(2048) == 1.0 + 20.48
+
+    def test_the_slowest_of_the_last_steps_of_that_size_counts(self) -> None:
+        times = StepTimes(SUPERVISION)
+        for seconds in (9.0, *[0.02] * 16, 0.05, *[0.02] * 15):
+            times.note(5, seconds)
+        assert times.expected(4) == times.expected(7) == 0.05
+
+    def test_other_sizes_are_estimated_on_the_slow_side(self) -> None:
+        times = StepTimes(SUPERVISION)
+        times.note(1, 0.02)
+        assert times.expected(1024) == pytest.approx(20.48)
+        times.note(2048, 0.4)
+        assert times.expected(1024) == pytest.approx(20.48)
+        times.note(512, 0.1)
+        assert times.expected(1024) == 0.4
+        assert times.expected(4096) == pytest.approx(0.8)
+
+    def test_messages_between_steps_are_no_steps(self) -> None:
+        times = StepTimes(SUPERVISION)
+        times.note(0, 0.1)
+        times.note(1, 0.0)
+        assert times.expected(1) == 1.01
+
+
 class TestStallWatch:
-    def test_a_step_without_end_is_a_hang(self) -> None:
+    def test_the_first_step_may_take_ten_times_the_guess(self) -> None:
         assert first_accusation(StallWatch(SUPERVISION), page(EnginePhase.STEPPING)) == 11
+
+    def test_a_step_without_end_is_a_hang_after_two_seconds_where_steps_are_fast(self) -> None:
+        watch = StallWatch(SUPERVISION)
+        watch.times.note(1, 0.02)
+        assert first_accusation(watch, page(EnginePhase.STEPPING)) == 3
+        assert watch.is_suspicious
+
+    def test_slow_steps_of_late_raise_the_limit(self) -> None:
+        watch = StallWatch(SUPERVISION)
+        watch.times.note(1, 2.0)
+        assert first_accusation(watch, page(EnginePhase.STEPPING)) == 21
 
     def test_an_unreadable_page_is_a_hang(self) -> None:
         assert first_accusation(StallWatch(SUPERVISION), None) == 11
 
-    def test_slow_steps_of_late_raise_the_limit(self) -> None:
+    def test_time_in_line_for_a_core_does_not_count(self) -> None:
         watch = StallWatch(SUPERVISION)
-        for seconds in (1.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0):
-            watch.note_step(seconds)
-        assert watch.step_limit() == 40.0
-        assert first_accusation(watch, page(EnginePhase.STEPPING)) == 41
+        watch.times.note(1, 0.02)
+        stepping = page(EnginePhase.STEPPING)
+        for second in range(100):
+            looks = {"is_ready": True, "has_live": True, "starved_seconds": 1.5 if second % 2 else 0.97}
+            assert watch.look(stepping, float(second), **looks) is None  # type: ignore[arg-type]
+        assert not watch.is_suspicious or watch.stalled_seconds < 2
+
+    def test_a_stopped_engine_is_accused_also_while_idle(self) -> None:
+        watch = StallWatch(SUPERVISION)
+        watch.times.note(1, 0.02)
+        idle = page(EnginePhase.IDLE)
+        accusations = [
+            watch.look(idle, float(second), is_ready=True, has_live=False, is_stopped=True) for second in range(5)
+        ]
+        assert [accusation is not None for accusation in accusations] == [False, False, False, True, True]
 
     @pytest.mark.parametrize("phase", [EnginePhase.UNBORN, EnginePhase.LOADING])
     def test_loading_has_its_own_limit(self, phase: EnginePhase) -> None:
@@ -241,3 +293,22 @@ class TestQuarantine:
 )
 def test_an_exit_is_told_in_words(returncode: int | None, words: str) -> None:
     assert words in describe_returncode(returncode)
+
+
+class TestRunQueueWait:
+    def test_the_thread_that_waited_longest_counts(self, tmp_path: Path) -> None:
+        wait = RunQueueWait(7, proc=tmp_path)
+        assert wait.take() == 0.0  # no such process
+
+        def write(thread: str, waited: int) -> None:
+            folder = tmp_path / "7" / "task" / thread
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "schedstat").write_text(f"100 {waited} 3\n")
+
+        write("7", 10**9)
+        assert wait.take() == 0.0
+        write("7", 2 * 10**9)
+        write("8", 5 * 10**9)  # a new thread: its past is not ours
+        assert wait.take() == 1.0
+        write("8", 8 * 10**9)
+        assert wait.take() == 3.0

@@ -24,15 +24,18 @@ def routes(context: ServerContext) -> APIRouter:
 
     @router.get("/ready", responses=json_reply(Readiness), response_class=Response)
     async def ready() -> Response:
-        """200 while requests are taken; 503 with the state while starting, restarting or draining."""
+        """200 while requests are taken; 503 with the state while starting, stalled, restarting or draining."""
         status, limits = context.engine.status, context.engine.limits
-        is_ready = status.state is EngineState.READY and limits is not None
+        is_ready = status.state is EngineState.READY and limits is not None and not status.is_stalled
+        is_stalled = status.state is EngineState.READY and status.is_stalled
         content = Readiness(
-            state=status.state.value,
+            state="stalled" if is_stalled else status.state.value,
             generation=status.generation,
             detail=status.detail,
             row_independent=None if limits is None else limits.row_independent,
             engine_pid=status.engine_pid,
+            last_step_age=None if status.last_step_age is None else round(status.last_step_age, 3),
+            fingerprint=None if limits is None else limits.fingerprint,
         )
         if is_ready:
             return JsonResponse(content)

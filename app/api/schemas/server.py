@@ -37,6 +37,10 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     """None before the first engine was ready."""
     engine_pid: int | None = None
     """The engine's process; null while there is none."""
+    last_step_age: float | None = None
+    """Seconds since the engine's last step; null before its first. It also grows while there is nothing to do."""
+    fingerprint: str | None = None
+    """Of the engine that was ready last; null before the first one was."""
 
 
 class Liveness(msgspec.Struct, frozen=True, kw_only=True):
