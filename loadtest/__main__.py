@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, help="sampling temperature")
     add("--seed", type=int, default=0, help="of prompts and arrivals")
     add("--timeout-s", type=float, default=600.0, help="longest that one request may take")
+    add("--keep-alive", action=argparse.BooleanOptionalAction, default=True, help="use connections again")
     add("--goodput", nargs="*", default=(), metavar="NAME:MS", help="targets: ttft:1000 tpot:100 e2e:9000")
     add("--extra-body", type=msgspec.json.decode, default={}, metavar="JSON", help="fields added to every body")
     add("--output", type=Path, metavar="FOLDER", help="write summary.json, requests.jsonl and plot.svg there")

@@ -181,13 +181,16 @@ class _Connection(asyncio.Protocol):
 class Client:
     """Sends requests to one server. Use as an async context manager."""
 
-    def __init__(self, url: str, *, api_key: str | None, timeout_s: float) -> None:
-        """`url` is the server's, with or without /v1. Raises ValueError."""
+    def __init__(self, url: str, *, api_key: str | None, timeout_s: float, keep_alive: bool = True) -> None:
+        """`url` is the server's, with or without /v1; `keep_alive` uses connections again. Raises ValueError."""
         self._url = _parse_url(url)
         self._timeout_s = timeout_s
         self._headers = {"Host": self._url.netloc.rpartition("@")[2], "Accept": "text/event-stream"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
+        self._keep_alive = keep_alive
+        if not keep_alive:
+            self._headers["Connection"] = "close"
         self._idle: list[_Connection] = []
         is_secure = self._url.scheme == "https"
         self._ssl = ssl.create_default_context() if is_secure else None
@@ -247,7 +250,7 @@ class Client:
         return connection
 
     def _put_back(self, connection: _Connection) -> None:
-        if connection.is_reusable:
+        if connection.is_reusable and self._keep_alive:
             connection.used_ns = time.monotonic_ns()
             self._idle.append(connection)
         else:

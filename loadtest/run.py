@@ -43,6 +43,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float = 0.0
     seed: int = 0
     timeout_s: float = 600.0
+    keep_alive: bool = True
+    """False: a connection for each request, for servers that close those that they promise to keep."""
     goodput: tuple[str, ...] = ()
     extra_body: dict[str, object] = {}
 
@@ -59,7 +61,7 @@ async def run_load(
     config: RunConfig, *, targets: Mapping[str, float], api_key: str | None, progress: Callable[[RequestRecord], None]
 ) -> RunResult:
     """Run once; `progress` is called after each request. Raises ValueError for settings that cannot be."""
-    async with Client(config.url, api_key=api_key, timeout_s=config.timeout_s) as client:
+    async with Client(config.url, api_key=api_key, timeout_s=config.timeout_s, keep_alive=config.keep_alive) as client:
         if config.model is None:
             config = msgspec.structs.replace(config, model=await client.first_model())
         sender = _Sender(client, config, progress)

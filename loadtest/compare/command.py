@@ -180,7 +180,11 @@ def with_peer(config: RunConfig, peer: Peer, places: Places) -> RunConfig:
     fields = dict(request_fields(peer, places))
     model = fields.pop("model", None)
     return msgspec.structs.replace(
-        config, model=None if model is None else str(model), ignore_eos=peer.ignores_eos, extra_body=fields
+        config,
+        model=None if model is None else str(model),
+        ignore_eos=peer.ignores_eos,
+        keep_alive=peer.keeps_connections,
+        extra_body=fields,
     )
 
 

@@ -36,6 +36,8 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     """Takes the field `ignore_eos`; else `extra_body` does the same."""
     extra_body: tuple[tuple[str, str], ...] = ()
     """Fields of every request."""
+    keeps_connections: bool = True
+    """False: it promises to keep a connection open and then closes it."""
     needs: tuple[str, ...]
     """Files without which it is not installed."""
     install: str
@@ -180,6 +182,7 @@ def _llama() -> tuple[Peer, ...]:
             install=_INSTALL_LLAMA,
             tried=tried,
             version_command=("{peers}/llama/build/bin/llama-server", "--version"),
+            keeps_connections=False,
             is_quick=is_quick,
         )  # fmt: skip
 

@@ -116,6 +116,14 @@ async def test_a_whole_stream_is_measured() -> None:
     assert "Authorization: Bearer k" in server.heads[-1]
 
 
+async def test_a_connection_for_each_request_where_none_may_be_used_again() -> None:
+    async with ScriptedServer(_whole).running() as server:
+        result = await _load(server, num_requests=4, keep_alive=False, model="m")
+        assert server.num_connections == 4
+    assert result.summary.completed == 4
+    assert all("Connection: close" in head for head in server.heads)
+
+
 async def test_chat_is_measured_from_its_first_content() -> None:
     async def chat(body: dict[str, object], writer: asyncio.StreamWriter) -> None:
         assert body["messages"] == [{"role": "user", "content": body["messages"][0]["content"]}]  # type: ignore[index]
