@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from app.core.plan import LogitsNeed, PlanEntry, RowResult, RowStart, StepPlan, StepResult
 from app.core.types import EngineRequest, FinishReason, SamplingParams, TokenLogprobs
-from app.runner.base import RunnerInfo
+from app.runner.base import RunnerInfo, StepMasks
 
 _NO_KV = 1_000_003
 
@@ -163,7 +163,9 @@ class FakeRunner:
             del self._rows[row]
         return FakeForward([self._forward_entry(entry) for entry in plan.entries])
 
-    def sample(self, plan: StepPlan, forward: FakeForward) -> StepResult:
+    def sample(self, plan: StepPlan, forward: FakeForward, masks: StepMasks | None = None) -> StepResult:
+        """It knows no grammars."""
+        assert masks is None
         pairs = zip(plan.entries, forward.contexts, strict=True)
         return StepResult(plan.step_id, tuple(self._sample_entry(entry, context) for entry, context in pairs))
 

@@ -76,6 +76,8 @@ class RowResult(msgspec.Struct, frozen=True):
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """With LogitsNeed.ALL: for each prompt position p in this chunk's span start + 1 .. end (the
     logits at p - 1 score the token at p), as far as p is inside the prompt."""
+    is_end: bool = False
+    """The grammar allows nothing after these tokens, of which there may be none: the sequence ends with `stop`."""
     error: str | None = None
     """The row failed (logits not finite, say): the sequence ends with this message, others go on."""
 

@@ -18,6 +18,26 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class GrammarKind(StrEnum):
+    """The languages in which a grammar can be written."""
+
+    JSON_SCHEMA = "json_schema"
+    """`Grammar.source` is a JSON Schema as JSON text."""
+    REGEX = "regex"
+    """A regular expression that the whole output matches."""
+    CHOICE = "choice"
+    """A JSON list of strings; the output is one of them."""
+    LARK = "lark"
+    """A Lark grammar in the dialect of llguidance."""
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What the output of a sequence must be: made and checked by `app.grammar`."""
+
+    kind: GrammarKind
+    source: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the tokens of one sequence are drawn and when it ends.
 
@@ -51,6 +71,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """None: no logprobs. k: the chosen token's and those of the k most likely."""
     num_prompt_logprobs: int | None = None
     """The same for every prompt position after the first. Such a sequence reads no prefix cache."""
+    grammar: Grammar | None = None
+    """Only tokens that lead on in it can be drawn, and EOS only where it may end; its end ends the sequence."""
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -4,11 +4,21 @@ A runner executes plans: it knows rows, positions and block ids, never requests 
 weights, the KV pool and the per-row sampling state. It imports no torch here; implementations may.
 """
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import msgspec
 
 from app.core.plan import StepPlan, StepResult
+
+if TYPE_CHECKING:  # the scripted tier starts without numpy
+    import numpy as np
+    from numpy.typing import NDArray
+
+Bitmask: TypeAlias = "NDArray[np.int32]"
+"""(num_words,), num_words x 32 >= vocab_size: bit i % 32 of word i // 32 says whether token i may be drawn."""
+StepMasks: TypeAlias = Mapping[int, Bitmask]
+"""By row. A row that is not in it may draw every token."""
 
 
 class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,8 +63,10 @@ class ModelRunner(Protocol):
         """
         ...
 
-    def sample(self, plan: StepPlan, forward: Forward) -> StepResult:
+    def sample(self, plan: StepPlan, forward: Forward, masks: StepMasks | None = None) -> StepResult:
         """Draw the next tokens. One result per entry; a failing row has `error`, the others go on.
+
+        `masks` restricts rows whose parameters have a grammar, and no others.
 
         The draw at a row's position p = start + len(token_ids) (the position the new token will
         take, counted from the start of the prompt) is keyed by (seed, p).

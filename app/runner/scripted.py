@@ -18,7 +18,7 @@ from app.core.config import EngineConfig
 from app.core.errors import ConfigurationError
 from app.core.plan import LogitsNeed, PlanEntry, RowResult, RowStart, StepPlan, StepResult
 from app.core.types import SamplingParams, TokenLogprobs
-from app.runner.base import RunnerInfo
+from app.runner.base import Bitmask, RunnerInfo, StepMasks
 
 _MASK = (1 << 64) - 1
 _MULTIPLIER = 6364136223846793005
@@ -113,15 +113,17 @@ class ScriptedRunner:
             self._rows[entry.row].extend(entry.start, entry.token_ids)
         return ScriptedForward(plan.step_id)
 
-    def sample(self, plan: StepPlan, forward: ScriptedForward) -> StepResult:
-        """Make up the next tokens."""
-        return StepResult(forward.step_id, tuple(self._sample_row(entry) for entry in plan.entries))
+    def sample(self, plan: StepPlan, forward: ScriptedForward, masks: StepMasks | None = None) -> StepResult:
+        """Make up the next tokens; where a mask forbids one, the next higher id that it allows takes its place."""
+        by_row: StepMasks = {} if masks is None else masks
+        rows = tuple(self._sample_row(entry, by_row.get(entry.row)) for entry in plan.entries)
+        return StepResult(forward.step_id, rows)
 
     def close(self) -> None:
         """Forget the rows."""
         self._rows.clear()
 
-    def _sample_row(self, entry: PlanEntry) -> RowResult:
+    def _sample_row(self, entry: PlanEntry, mask: "Bitmask | None") -> RowResult:
         row = self._rows[entry.row]
         prompt_logprobs = self._score_prompt(row, entry) if entry.logits is LogitsNeed.ALL else ()
         if not entry.sample:
@@ -133,6 +135,8 @@ class ScriptedRunner:
             if row.trigger == self._settings.fail_on_token:
                 return RowResult(entry.row, error=f"the script fails on token {row.trigger}")
         token_id = self._draw(row, num_output)
+        if mask is not None:
+            token_id = self._nearest_allowed(token_id, mask)
         k = row.params.num_logprobs
         logprobs = () if k is None else (self._logprobs(token_id, k),)
         return RowResult(entry.row, token_ids=(token_id,), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
@@ -147,6 +151,11 @@ class ScriptedRunner:
         token_id = _mix(row.context ^ _salt(params)) % self._info.vocab_size
         avoided = (*self._eos_token_ids, *params.stop_token_ids) if num_output < params.min_tokens else ()
         while token_id in self._eos_token_ids or token_id in avoided:
+            token_id = (token_id + 1) % self._info.vocab_size
+        return token_id
+
+    def _nearest_allowed(self, token_id: int, mask: Bitmask) -> int:
+        while not mask[token_id // 32] >> (token_id % 32) & 1:
             token_id = (token_id + 1) % self._info.vocab_size
         return token_id
 

@@ -3,6 +3,7 @@
 A gate is told of events and says who may go on: nothing is polled while a sequence is held.
 """
 
+from app.core.types import EngineRequest
 from app.scheduler.sequence import Sequence
 
 
@@ -65,6 +66,32 @@ class PrefixGate:
         block_hash = self._next_hash.pop(producer, None)
         if block_hash is not None:
             del self._producers[block_hash]
+
+
+class PreparationGate:
+    """Holds sequences for which something is being prepared outside of the scheduler: a grammar to be compiled.
+
+    Whoever prepares it says when a sequence may go on.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Sequence] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @staticmethod
+    def concerns(request: EngineRequest) -> bool:
+        """Whether a sequence of this request has to wait here first."""
+        return request.params.grammar is not None
+
+    def hold(self, sequence: Sequence) -> None:
+        """Keep it until `let_go`."""
+        self._held[sequence.request_id] = sequence
+
+    def let_go(self, request_id: str) -> Sequence | None:
+        """Hold it no longer; None where it is not held."""
+        return self._held.pop(request_id, None)
 
 
 def num_common_blocks(one: Sequence, other: Sequence, *, known: int, limit: int, block_size: int) -> int:

@@ -5,8 +5,8 @@ first to running sequences, in the order in which they were admitted, then to wa
 chunked prefill, decode, prefix-cache hits and preemption by recompute; there are no modes.
 
 Invariants:
-- a sequence is in exactly one place: the waiting queue, the queue of those on probation, the gate, or the
-  running list;
+- a sequence is in exactly one place: the waiting queue, the queue of those on probation, one of the two
+  gates, or the running list;
 - the oldest running sequence is never preempted, and its context fits the pool, so each step makes progress;
 - blocks and row of a sequence in a step that has not come back are given to nobody else, aborted or not;
 - every sequence is answered with exactly one finish reason, unless it is aborted.
@@ -21,7 +21,7 @@ from app.core.types import EngineOutput, EngineRequest, FinishReason
 from app.kv.manager import KVManager, PrefixMatch
 from app.scheduler.config import SchedulerConfig
 from app.scheduler.finish import Finish, FinishRules
-from app.scheduler.gates import PrefixGate, num_common_blocks
+from app.scheduler.gates import PrefixGate, PreparationGate, num_common_blocks
 from app.scheduler.probation import Probation, num_lone_tokens
 from app.scheduler.queue import WaitingQueue
 from app.scheduler.rows import Rows
@@ -61,6 +61,7 @@ class Scheduler:
         self._queue = WaitingQueue()
         self._probation = Probation()
         self._gate = PrefixGate()
+        self._preparation = PreparationGate()
         self._rows = Rows(config.max_num_seqs)
         self._running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}
@@ -80,7 +81,7 @@ class Scheduler:
         """Where things stand now."""
         return SchedulerCounts(
             num_running=len(self._running),
-            num_waiting=len(self._queue) + len(self._probation) + len(self._gate),
+            num_waiting=len(self._queue) + len(self._probation) + len(self._gate) + len(self._preparation),
             num_kv_blocks_used=self._kv.pool.num_held,
             total_preemptions=self._total_preemptions,
             total_prefix_query_tokens=self._total_prefix_query_tokens,
@@ -90,7 +91,10 @@ class Scheduler:
         )
 
     def add(self, request: EngineRequest, now: float) -> EngineOutput | None:
-        """Take a sequence in. Returns its last output where it ends at once: refused, or over when handed over."""
+        """Take a sequence in. Returns its last output where it ends at once: refused, or over when handed over.
+
+        One with a grammar waits until `admit_prepared`, or ends by `refuse_prepared`.
+        """
         if refusal := self._refusal(request):
             return EngineOutput(request.request_id, finish_reason=FinishReason.ERROR, error=refusal)
         rules = FinishRules(
@@ -104,8 +108,24 @@ class Scheduler:
             return EngineOutput(request.request_id, finish_reason=finish.reason, stop_token_id=finish.stop_token_id)
         self._num_added += 1
         self._sequences[request.request_id] = sequence
-        self._requeue([sequence])
+        if self._preparation.concerns(request):
+            self._preparation.hold(sequence)
+        else:
+            self._requeue([sequence])
         return None
+
+    def admit_prepared(self, request_id: str) -> None:
+        """What this sequence waited for is ready; nothing happens where it is gone."""
+        if sequence := self._preparation.let_go(request_id):
+            self._requeue([sequence])
+
+    def refuse_prepared(self, request_id: str, message: str) -> EngineOutput | None:
+        """What this sequence waited for cannot be made: its last output, or None where it is gone."""
+        sequence = self._preparation.let_go(request_id)
+        if sequence is None:
+            return None
+        del self._sequences[request_id]
+        return _failure(sequence, message)
 
     def abort(self, request_ids: Iterable[str]) -> int:
         """Drop sequences without an answer; returns how many of them were live."""
@@ -171,6 +191,8 @@ class Scheduler:
 
     def _drop(self, sequence: Sequence) -> None:
         sequence.is_aborted = True
+        if self._preparation.let_go(sequence.request_id):
+            return
         if self._queue_of(sequence).discard(sequence) or self._gate.discard(sequence):
             return
         self._stop_running(sequence)
@@ -306,11 +328,11 @@ class Scheduler:
         """Advance a sequence by what the step brought, and say it where the client should know."""
         if row.error is not None:
             return _failure(sequence, row.error)
-        if bool(row.token_ids) != entry.sample:
+        if bool(row.token_ids) != entry.sample and not (row.is_end and entry.sample):
             message = f"the runner drew {len(row.token_ids)} tokens where {int(entry.sample)} or more were asked for"
             return _failure(sequence, message)
         sequence.num_computed_tokens += len(entry.token_ids) - entry.num_draft_tokens + row.num_accepted
-        num_new, finish = self._take_tokens(sequence, row.token_ids)
+        num_new, finish = self._take_tokens(sequence, row.token_ids, is_end=row.is_end)
         if sequence.num_computed_tokens >= sequence.blocks.next_seal:
             self._seal(sequence)
         prompt_logprobs = row.prompt_logprobs
@@ -330,15 +352,24 @@ class Scheduler:
             sequence.take_queue_seconds(),
         )
 
-    def _take_tokens(self, sequence: Sequence, token_ids: tuple[int, ...]) -> tuple[int, Finish | None]:
-        """Append drawn tokens up to the one that ends the sequence; returns how many, and the end."""
+    def _take_tokens(
+        self, sequence: Sequence, token_ids: tuple[int, ...], *, is_end: bool
+    ) -> tuple[int, Finish | None]:
+        """Append drawn tokens up to the one that ends the sequence; returns how many, and the end.
+
+        With `is_end` the last one completes the output, also where it is the last that max_tokens allows.
+        """
         if token_ids and sequence.is_on_probation:
             sequence.is_on_probation = False
             self._probation.end(sequence)
-        for index, token_id in enumerate(token_ids):
+        for count, token_id in enumerate(token_ids, start=1):
             sequence.token_ids.append(token_id)
-            if finish := sequence.rules.check(sequence.token_ids):
-                return index + 1, finish
+            finish = sequence.rules.check(sequence.token_ids)
+            is_complete = is_end and count == len(token_ids)
+            if finish and not (is_complete and finish.reason is FinishReason.LENGTH):
+                return count, finish
+        if is_end:
+            return len(token_ids), Finish(FinishReason.STOP)
         if sequence.is_scoring and sequence.num_computed_tokens == len(sequence.token_ids):
             return 0, Finish(FinishReason.LENGTH)
         return len(token_ids), None

@@ -5,7 +5,7 @@ on nothing else. Other implementations (the torch port, a C pass) answer to the 
 `tests/data/sampling_cases.json`. Order of the changes to the raw float32 logits:
 
 1. repetition penalty over prompt and output, then presence and frequency penalty over the output,
-2. logit_bias, allowed_token_ids, bad_words, min_tokens (bans EOS and stop ids),
+2. logit_bias, allowed_token_ids, bad_words, min_tokens (bans EOS and stop ids), the grammar's mask,
 3. temperature, min_p, top_k, top_p (each filter sees what the one before left, renormalised),
 4. one draw. Temperature 0 takes the largest changed logit, ties to the lowest id, and skips 3.
 

@@ -1,6 +1,6 @@
-"""logit_bias, allowed_token_ids, bad_words and min_tokens: which tokens are pushed or banned.
+"""logit_bias, allowed_token_ids, bad_words, min_tokens and a grammar's mask: which tokens are pushed or banned.
 
-Everything but the last words of the output is fixed when a row starts.
+Everything but the last words of the output and the grammar's mask is fixed when a row starts.
 """
 
 from collections.abc import Sequence
@@ -44,3 +44,8 @@ def keep_only(logits: NDArray[np.float32], allowed_ids: NDArray[np.int64]) -> ND
     masked = np.full_like(logits, -np.inf)
     masked[allowed_ids] = logits[allowed_ids]
     return masked
+
+
+def allowed_by(mask: NDArray[np.int32], vocab_size: int) -> NDArray[np.bool_]:
+    """(vocab_size,): which tokens a grammar's bitmask lets through. See `app.runner.base.Bitmask`."""
+    return np.unpackbits(mask.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)

@@ -15,7 +15,7 @@ from app.runner.sampling.changes import NO_CHANGES, LogitChanges
 from app.runner.sampling.draw import draw
 from app.runner.sampling.errors import RowError
 from app.runner.sampling.logprobs import token_logprobs
-from app.runner.sampling.masks import NO_IDS, RowMasks
+from app.runner.sampling.masks import NO_IDS, RowMasks, allowed_by
 from app.runner.sampling.penalties import TokenCounts
 
 _NO_COUNTS: NDArray[np.float32] = np.empty(0, dtype=np.float32)
@@ -44,15 +44,20 @@ class RowSampler:
         self.refusal = _refusal(start, vocab_size)
         """Why no token of this row can be drawn, or None. Set at once, so that a step never fails for it."""
 
-    def sample_row(self, logits: NDArray[np.float32], position: int) -> tuple[int, TokenLogprobs | None]:
+    def sample_row(
+        self, logits: NDArray[np.float32], position: int, *, mask: NDArray[np.int32] | None = None
+    ) -> tuple[int, TokenLogprobs | None]:
         """Draw the token for `position` from raw logits (vocab_size,), which are not written, and observe it.
 
-        `position` counts from the start of the prompt. Raises RowError: logits not finite, nothing left
-        to draw, or ids outside the vocabulary in the parameters.
+        `position` counts from the start of the prompt, `mask` is what the row's grammar allows there (see
+        `app.runner.base.Bitmask`). Raises RowError: logits not finite, nothing left to draw, or ids outside
+        the vocabulary in the parameters.
         """
         if logits.shape != (self._vocab_size,):
             raise ValueError(f"logits have shape {logits.shape}; give ({self._vocab_size},)")
         changed = self.changes().apply(logits)
+        if mask is not None:
+            changed = np.where(allowed_by(mask, self._vocab_size), changed, np.float32(-np.inf))
         self.check(float(logits.max()), float(changed.max()))
         token_id = draw(changed, self.params, position)
         self.observe(token_id)
@@ -67,7 +72,9 @@ class RowSampler:
         if not math.isfinite(largest_raw):
             raise RowError(f"the model's logits are not finite (largest {largest_raw}); the sequence cannot go on")
         if not math.isfinite(largest_changed):
-            raise RowError("allowed_token_ids, bad_words, logit_bias and min_tokens together leave no token to draw")
+            raise RowError(
+                "allowed_token_ids, bad_words, logit_bias, min_tokens and the grammar together leave no token to draw"
+            )
 
     def changes(self) -> LogitChanges:
         """What happens to the logits of the next token, before temperature."""

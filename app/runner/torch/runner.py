@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from app.core.plan import LogitsNeed, PlanEntry, RowResult, RowStart, StepPlan, StepResult
 from app.core.types import TokenLogprobs
-from app.runner.base import Forward, RunnerInfo
+from app.runner.base import Forward, RunnerInfo, StepMasks
 from app.runner.sampling import RowError, RowSampler, score_prompt
 from app.runner.torch.executor import Executor, StepLogits
 from app.runner.torch.sampling.batch import Drawn, DrawRequest, draw_batch
@@ -52,10 +52,10 @@ class TorchRunner:
                 self._rows[entry.row] = _Row(entry.start_row, sampler)
         return self._executor.run(plan)
 
-    def sample(self, plan: StepPlan, forward: Forward) -> StepResult:
+    def sample(self, plan: StepPlan, forward: Forward, masks: StepMasks | None = None) -> StepResult:
         """See `ModelRunner.sample`."""
         assert isinstance(forward, StepLogits)
-        drawn = self._draw(plan, forward)
+        drawn = self._draw(plan, forward, {} if masks is None else masks)
         rows = (
             self._result(entry, forward, span, drawn.get(entry.row))
             for entry, span in zip(plan.entries, forward.spans, strict=True)
@@ -67,7 +67,7 @@ class TorchRunner:
         self._executor = None
         self._rows.clear()
 
-    def _draw(self, plan: StepPlan, forward: StepLogits) -> dict[int, Drawn]:
+    def _draw(self, plan: StepPlan, forward: StepLogits, masks: StepMasks) -> dict[int, Drawn]:
         """The next token of each row that the plan samples."""
         sampled = [
             (entry, span.stop - 1) for entry, span in zip(plan.entries, forward.spans, strict=True) if entry.sample
@@ -77,7 +77,8 @@ class TorchRunner:
         index = torch.tensor([last for _, last in sampled], device=forward.states.device)
         logits = forward.rows(index)  # (num_sampled, vocab_size)
         requests = [
-            DrawRequest(self._rows[entry.row].sampler, entry.start + len(entry.token_ids)) for entry, _ in sampled
+            DrawRequest(self._rows[entry.row].sampler, entry.start + len(entry.token_ids), masks.get(entry.row))
+            for entry, _ in sampled
         ]
         drawn = (
             _draw_in_numpy(logits.numpy(), requests) if logits.device.type == "cpu" else draw_batch(logits, requests)
@@ -116,7 +117,7 @@ def _draw_in_numpy(logits: NDArray[np.float32], requests: list[DrawRequest]) -> 
     drawn = []
     for row, request in zip(logits, requests, strict=True):
         try:
-            drawn.append(Drawn(*request.sampler.sample_row(row, request.position)))
+            drawn.append(Drawn(*request.sampler.sample_row(row, request.position, mask=request.mask)))
         except RowError as error:
             drawn.append(Drawn(error=str(error)))
     return drawn

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from app.core.types import SamplingParams, TokenLogprobs
+from app.runner.base import Bitmask
 from app.runner.sampling import RowError, RowSampler
 from app.runner.sampling.draw import is_greedy
 from app.runner.sampling.logprobs import LOWEST_LOGPROB
-from app.runner.torch.sampling.changes import apply_changes
+from app.runner.torch.sampling.changes import apply_changes, apply_masks
 from app.runner.torch.sampling.philox import gumbel_noise
 
 
@@ -25,6 +26,8 @@ class DrawRequest:
 
     sampler: RowSampler
     position: int
+    mask: "Bitmask | None" = None
+    """What the row's grammar allows there."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ def draw_batch(logits: torch.Tensor, requests: Sequence[DrawRequest]) -> list[Dr
     """
     samplers = [request.sampler for request in requests]
     changed = apply_changes(logits, [sampler.changes() for sampler in samplers])
+    changed = apply_masks(changed, [request.mask for request in requests])
     scores = _with_noise(_filtered(_scores(changed, samplers), samplers), requests)
     tokens = _lowest_of_largest(scores)
     scored = _logprobs(logits, tokens, samplers)

@@ -1,4 +1,4 @@
-"""Penalties, biases and bans of a batch of rows: `LogitChanges`, gathered into one scatter a kind."""
+"""Penalties, biases, bans and grammars' masks of a batch of rows, gathered into one operation a kind."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from app.runner.base import Bitmask
 from app.runner.sampling.changes import LogitChanges
 
 _Ids = Callable[[LogitChanges], NDArray[np.int64]]
@@ -24,6 +25,22 @@ def apply_changes(logits: torch.Tensor, changes: Sequence[LogitChanges]) -> torc
     if (where := _where(logits, changes, lambda change: change.banned_ids)) is not None:
         logits[where] = float("-inf")
     return logits
+
+
+def apply_masks(logits: torch.Tensor, masks: "Sequence[Bitmask | None]") -> torch.Tensor:
+    """-inf for the tokens that a row's mask forbids: the given tensor itself where there is none, else a copy."""
+    rows = [row for row, mask in enumerate(masks) if mask is not None]
+    if not rows:
+        return logits
+    vocab_size, device = logits.shape[1], logits.device
+    num_words = -(-vocab_size // 32)
+    stacked = np.stack([mask[:num_words] for mask in masks if mask is not None])  # (num_masked, num_words)
+    words = torch.from_numpy(stacked).to(device)
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device) & 1  # (num_masked, num_words, 32)
+    forbidden = bits.reshape(len(rows), -1)[:, :vocab_size] == 0
+    index = torch.tensor(rows, device=device)
+    kept = logits.index_select(0, index).masked_fill(forbidden, float("-inf"))
+    return logits.index_copy(0, index, kept)
 
 
 def _penalize(logits: torch.Tensor, changes: Sequence[LogitChanges]) -> None:
