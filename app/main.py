@@ -5,6 +5,7 @@ its own engine. `headwater serve` (`app.serve`) starts the engine first and impo
 loads.
 """
 
+import os
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -13,6 +14,7 @@ from app import __version__
 from app.api.admission import Admission, AdmissionLimits
 from app.api.app import create_app as create_api
 from app.api.deps import ApiLimits, OpenAIDefaults, ServerContext
+from app.api.keys import KeyRing
 from app.api.schemas.field_rules import UnknownFields
 from app.client.engine_client import EngineClient
 from app.client.local import LocalEngineClient
@@ -21,7 +23,7 @@ from app.console import remark
 from app.core.config import EngineConfig
 from app.observability.logging import configure_logging
 from app.observability.metrics import Metrics
-from app.settings import Settings, load_settings
+from app.settings import API_KEY_VARIABLE, Settings, load_settings
 from app.store import ModelFolder, resolve
 from app.text.chat_template import ChatTemplate
 from app.text.tokenizer import Tokenizer
@@ -82,10 +84,23 @@ def make_context(
         sampling_defaults=folder.generation_defaults if settings.generation_config == "model" else OpenAIDefaults(),
         limits=ApiLimits(max_body_size=settings.max_body_size, unknown_fields=unknown),
         version=__version__,
+        keys=make_keys(settings),
+        metrics_keys=None if settings.metrics_key_file is None else KeyRing(file=Path(settings.metrics_key_file)),
+        allowed_origins=settings.allowed_origins,
+        docs=settings.docs,
         page=settings.page,
         runs_engine=runs_engine,
         drain_timeout=settings.drain_timeout,
     )
+
+
+def make_keys(settings: Settings) -> KeyRing | None:
+    """The API keys of file and environment; None where neither is given. Raises ConfigurationError."""
+    file = None if settings.api_key_file is None else Path(settings.api_key_file)
+    key = os.environ.get(API_KEY_VARIABLE)
+    if file is None and key is None:
+        return None
+    return KeyRing(file=file, keys=() if key is None else (key,))
 
 
 def model_names(settings: Settings, folder: ModelFolder) -> tuple[str, ...]:

@@ -6,10 +6,12 @@ everything ends. The second ends it at once.
 """
 
 import asyncio
+import ipaddress
 import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +23,7 @@ from app.core.config import EngineConfig
 from app.core.errors import ConfigurationError, EngineUnavailable
 from app.core.types import EngineLimits
 from app.observability.logging import configure_logging
-from app.settings import Settings
+from app.settings import API_KEY_VARIABLE, Settings
 from app.store import ModelFolder, resolve
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ CLOSE_SECONDS = 5
 
 def serve(settings: Settings) -> int:
     """Serve until a signal; returns the exit code. Raises ConfigurationError."""
+    _check_exposure(settings)
     listener = _listen(settings.host, settings.port)
     start = _start_engine(settings)
     import uvloop  # from here on the engine loads; what only the API needs is imported meanwhile
@@ -106,10 +109,15 @@ async def _serve(settings: Settings, start: _Start, listener: socket.socket) -> 
     metrics = main.make_metrics(settings, start.folder)
     client = main.make_engine_client(settings, start.config, launch=start.launch, metrics=metrics, first=start.engine)
     context = main.make_context(settings, start.folder, metrics=metrics, engine=client, runs_engine=False)
-    server = _make_server(create_app(context, root_path=settings.root_path))
+    server = _make_server(create_app(context, root_path=settings.root_path), settings)
 
     def describe(limits: EngineLimits) -> str:
-        return banner(start.folder, limits, url=_url(listener), model_name=context.model_names[0])
+        return banner(
+            start.folder,
+            limits,
+            url=_url(listener, scheme="http" if settings.ssl_certfile is None else "https"),
+            model_name=context.model_names[0],
+        )
 
     with _signals() as (drain, end):
         await client.start()
@@ -159,7 +167,35 @@ async def _drain(client: "LocalEngineClient", timeout: float, *, end: asyncio.Ev
         task.cancel()
 
 
-def _make_server(app: "FastAPI") -> "uvicorn.Server":
+def _check_exposure(settings: Settings) -> None:
+    """Refuse TLS files that do not fit; warn where everybody on the network may ask. Raises ConfigurationError."""
+    if (settings.ssl_certfile is None) != (settings.ssl_keyfile is None):
+        raise ConfigurationError("--ssl-certfile and --ssl-keyfile need each other: give both or none")
+    if settings.ssl_certfile is not None:
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            # A password, though none: without one OpenSSL would ask for it on the terminal.
+            context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, password="")
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigurationError(
+                f"cannot use --ssl-certfile {settings.ssl_certfile} with --ssl-keyfile {settings.ssl_keyfile}: {error}"
+            ) from None
+    has_keys = settings.api_key_file is not None or API_KEY_VARIABLE in os.environ
+    if not has_keys and not _is_loopback(settings.host):
+        remark(
+            f"headwater: whoever reaches {settings.host}:{settings.port} may use this server: "
+            "set --api-key-file, or listen on 127.0.0.1"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _make_server(app: "FastAPI", settings: Settings) -> "uvicorn.Server":
     import uvicorn
 
     from app.api.protocol import BoundedHttpProtocol
@@ -178,6 +214,9 @@ def _make_server(app: "FastAPI") -> "uvicorn.Server":
         log_config=None,
         access_log=False,
         server_header=False,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+        forwarded_allow_ips=settings.forwarded_allow_ips,
         timeout_graceful_shutdown=CLOSE_SECONDS,
     )
     return Server(config)
@@ -204,6 +243,6 @@ def _signals() -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
             loop.remove_signal_handler(number)
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, *, scheme: str) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

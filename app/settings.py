@@ -16,8 +16,10 @@ from app.core.config import EngineConfig
 from app.core.errors import ConfigurationError
 
 ENV_PREFIX = "HEADWATER_"
-OTHER_VARIABLES = frozenset({"HEADWATER_CACHE", "HEADWATER_ISA"})
-"""Variables that belong to other owners: the store's cache folder, the native tier's ISA level."""
+API_KEY_VARIABLE = "HEADWATER_API_KEY"
+OTHER_VARIABLES = frozenset({API_KEY_VARIABLE, "HEADWATER_CACHE", "HEADWATER_ISA"})
+"""Variables that are no flags: a key (flags show in process lists), the store's cache folder, the native tier's ISA
+level."""
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
@@ -40,6 +42,22 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on; the default is reachable from this machine only")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     root_path: str = Field("", description="path under which a reverse proxy publishes the server")
+
+    forwarded_allow_ips: str = Field(
+        "127.0.0.1",
+        description="addresses of proxies whose X-Forwarded headers are believed, divided by commas; * is all",
+    )
+    ssl_certfile: str | None = Field(None, description="certificate chain, PEM: serve https; with --ssl-keyfile")
+    ssl_keyfile: str | None = Field(None, description="private key of --ssl-certfile, PEM, without a password")
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="origins whose pages may call the API from a browser (CORS); * is all"
+    )
+    api_key_file: str | None = Field(
+        None,
+        description="file with one API key a line, or name:key; read again when it changes. One key alone: "
+        f"the variable {API_KEY_VARIABLE}",
+    )
+    metrics_key_file: str | None = Field(None, description="file with keys that open /metrics and nothing else")
 
     served_model_name: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="names that requests may use; answers carry the first. In the variable: divided by spaces"
@@ -69,6 +87,7 @@ class Settings(BaseSettings):
     enable_prefix_caching: bool = Field(True, description="share the KV of equal prompt prefixes")
     num_threads: int | None = Field(None, ge=1, description="threads that compute; default: from the cores given to us")
 
+    docs: bool = Field(True, description="serve the API's description at /docs and /openapi.json")
     page: bool = Field(True, description="answer browsers at / with a page to try the model and watch the engine")
     unknown_fields: Literal["refuse", "report"] | None = Field(
         None,
@@ -87,7 +106,7 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON lines")
     scripted: dict[str, float | int | str] = Field({}, description="JSON settings of the scripted tier, for tests")
 
-    @field_validator("served_model_name", mode="before")
+    @field_validator("served_model_name", "allowed_origins", mode="before")
     @classmethod
     def _split_names(cls, value: object) -> object:
         return tuple(value.split()) if isinstance(value, str) else value

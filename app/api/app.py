@@ -8,16 +8,20 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from app.api.body import ClientDisconnected
 from app.api.deps import ServerContext
 from app.api.errors import MethodNotAllowed, kind_of
+from app.api.keys import KeyLayer
 from app.api.middleware import RequestLayer
 from app.api.openapi import add_schemas
 from app.api.record import RequestRecord
 from app.api.respond import ErrorResponse
 from app.api.routes import chat, completions, embeddings, engine, models, page, server, tokens
 from app.core.errors import HeadwaterError, InvalidRequest, NotFound
+
+_EXPOSED_HEADERS = ("x-request-id", "retry-after", "headwater-seed", "headwater-ignored", "headwater-resume")
 
 
 def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
@@ -32,6 +36,16 @@ def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
     )
     for module in (chat, completions, embeddings, models, server, tokens, engine, page):
         app.include_router(module.routes(context))
+    # The last one added is the outermost: a preflight carries no key, and every answer is logged.
+    app.add_middleware(KeyLayer, keys=context.keys, metrics_keys=context.metrics_keys)
+    if context.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=context.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED_HEADERS,
+        )
     app.add_middleware(RequestLayer, metrics=context.metrics)
     app.add_exception_handler(HeadwaterError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from app.api.admission import Admission
+from app.api.keys import KeyRing
 from app.api.schemas.field_rules import UnknownFields
 from app.client.engine_client import EngineClient, EngineState
 from app.core.errors import EngineUnavailable, NotFound
@@ -71,6 +72,14 @@ class ServerContext:
     version: str
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix time for /v1/models."""
+    keys: KeyRing | None = None
+    """None: no request needs a key."""
+    metrics_keys: KeyRing | None = None
+    """Keys that open /metrics and nothing else."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins whose pages may call the API from a browser."""
+    docs: bool = True
+    """Whether /docs and /openapi.json are served."""
     page: bool = True
     """Whether `/` answers with the page for a browser."""
     runs_engine: bool = False

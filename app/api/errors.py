@@ -32,6 +32,10 @@ class MethodNotAllowed(ClientError):
         """Value of the Allow header."""
 
 
+class Unauthorized(ClientError):
+    """No API key, or one that this server does not know."""
+
+
 class BodyTimeout(ClientError):
     """The body did not arrive in time."""
 
@@ -55,6 +59,7 @@ class ErrorKind(NamedTuple):
 _KINDS: Mapping[type[Exception], ErrorKind] = MappingProxyType(
     {
         InvalidRequest: ErrorKind(400, "invalid_request_error", None),
+        Unauthorized: ErrorKind(401, "authentication_error", "invalid_api_key"),
         NotFound: ErrorKind(404, "not_found_error", "not_found"),
         MethodNotAllowed: ErrorKind(405, "invalid_request_error", "method_not_allowed"),
         HeadTimeout: ErrorKind(408, "invalid_request_error", "request_timeout"),
@@ -117,6 +122,8 @@ def error_headers(error: Exception) -> list[tuple[bytes, bytes]]:
     if isinstance(error, EngineUnavailable):
         seconds = _DEFAULT_RETRY_AFTER if error.retry_after is None else error.retry_after
         return [(b"retry-after", str(seconds).encode())]
+    if isinstance(error, Unauthorized):
+        return [(b"www-authenticate", b"Bearer")]
     if isinstance(error, MethodNotAllowed):
         return [(b"allow", error.allow.encode())]
     return []

@@ -19,7 +19,9 @@ class RequestRecord:
         self.status: int | None = None
         self.error_code: str | None = None
         self.key_id: str | None = None
-        """Of the API key that the request came with."""
+        """Of the API key that the request came with: a short hash."""
+        self.key_name: str | None = None
+        """What the operator calls that key."""
         self.generation: int | None = None
         self.is_stream = False
         self.meters: tuple[SequenceMeter, ...] = ()
@@ -48,6 +50,8 @@ class RequestRecord:
             "key_id": self.key_id,
             "total_s": round(time.monotonic() - self.arrived, 6),
         }
+        if self.key_name is not None:
+            facts["key_name"] = self.key_name
         if self.error_code is not None:
             facts["error"] = self.error_code
         if self.meters:

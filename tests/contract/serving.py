@@ -17,6 +17,7 @@ import uvicorn
 from app.api.admission import Admission, AdmissionLimits
 from app.api.app import create_app
 from app.api.deps import ApiLimits, OpenAIDefaults, SamplingDefaults, ServerContext
+from app.api.keys import KeyRing
 from app.api.protocol import BoundedHttpProtocol
 from app.client.engine_client import EngineClient
 from app.observability.metrics import Metrics
@@ -110,6 +111,10 @@ def make_context(
     admission: AdmissionLimits | None = None,
     defaults: SamplingDefaults | None = None,
     chat_template: ChatTemplate | None = None,
+    keys: KeyRing | None = None,
+    metrics_keys: KeyRing | None = None,
+    allowed_origins: tuple[str, ...] = (),
+    docs: bool = True,
     prefix: str = "headwater_",
     runs_engine: bool = False,
     page: bool = True,
@@ -124,6 +129,10 @@ def make_context(
         admission=Admission(AdmissionLimits() if admission is None else admission, metrics=metrics),
         sampling_defaults=OpenAIDefaults() if defaults is None else defaults,
         chat_template=chat_template,
+        keys=keys,
+        metrics_keys=metrics_keys,
+        allowed_origins=allowed_origins,
+        docs=docs,
         limits=ApiLimits() if limits is None else limits,
         version="0.0-test",
         runs_engine=runs_engine,
