@@ -20,6 +20,7 @@ from app.client.handover import blame
 from app.client.journal import Journal, LiveSequence
 from app.client.process import EngineLaunch, EngineProcess
 from app.client.quarantine import Quarantine
+from app.client.reserve import DescriptorReserve
 from app.client.restart import RestartBudget
 from app.client.settings import Supervision
 from app.client.supervisor import EngineDeath, EngineLife
@@ -72,6 +73,7 @@ class LocalEngineClient:
         self._on_step = on_step
         self._journal = Journal()
         self._quarantine = Quarantine()
+        self._reserve = DescriptorReserve()
         self._budget = RestartBudget(supervision)
         self._state = EngineState.STARTING
         self._detail = "the first engine is loading"
@@ -172,6 +174,7 @@ class LocalEngineClient:
             self._first = None
         for sequence in self._journal.pop_all():
             sequence.end(FinishReason.ABORT)
+        self._reserve.release()
         self._empty.set()
         self._detail = "stopped"
         self._settled.set()
@@ -233,10 +236,13 @@ class LocalEngineClient:
     async def _run_engine(self) -> float | None:
         """From start to death; returns the seconds to wait before the next one, None for no next one."""
         self._generation += 1
+        self._reserve.release()
         try:
             process = self._first or EngineProcess.spawn(self._generation, self._config, launch=self._launch)
         except OSError as error:
             return self._after_death(EngineDeath(f"the engine did not start: {error}"), ready_seconds=0.0, counts=True)
+        finally:
+            self._reserve.fill()
         self._first = None
         life = EngineLife(process, supervision=self._supervision)
         try:

@@ -16,6 +16,7 @@ from tests.process.engines import (
     Answer,
     complete,
     hurt,
+    no_descriptors_left,
     request,
     running,
     scripted,
@@ -101,6 +102,19 @@ async def test_an_engine_that_was_stopped_while_idle_is_replaced() -> None:
         answer = await complete(client, request("b"))
         assert answer.finish_reason is FinishReason.LENGTH
         assert client.status.generation == 2
+
+
+async def test_an_engine_is_replaced_when_file_descriptors_have_run_out() -> None:
+    async with running(scripted(step_seconds=0.002)) as client:
+        expected = await complete(client, request("a", max_tokens=100))
+        answer = Answer()
+        task = asyncio.create_task(answer.fill(client, request("b", max_tokens=100)))
+        await until(lambda: len(answer.token_ids) > 10)
+        with no_descriptors_left():
+            hurt(client, signal.SIGKILL)
+            await task
+        assert client.status.generation == 2
+    assert answer.token_ids == expected.token_ids
 
 
 async def test_a_slow_step_is_not_a_hang() -> None:
