@@ -85,6 +85,8 @@ def test_wheel_holds_what_serves_and_nothing_else(wheel: Path) -> None:
         metadata = email.message_from_bytes(archive.read(next(n for n in names if n.endswith("/METADATA"))))
     assert {name.split("/")[0] for name in names} == {"app", f"headwater-{metadata['Version']}.dist-info"}
     assert {"app/py.typed", "app/cli.py", "app/store/models/catalog.toml"} <= set(names)
+    page = {name.rsplit("/", 1)[1] for name in names if "/api/web/" in name}
+    assert page == {path.name for path in (ROOT / "app" / "api" / "web").iterdir()}
     sources = {path.name for path in (ROOT / "app" / "runner" / "native" / "src").iterdir()}
     assert sources == {name.rsplit("/", 1)[1] for name in names if "/native/src/" in name}
     kernels = [name for name in names if name.endswith(".so")]

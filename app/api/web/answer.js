@@ -163,7 +163,7 @@ export class Answer {
     this.popover.hidden = false;
     this.place(this.spanAt(index));
     this.spanAt(index)?.classList.add("opened");
-    (this.popover.querySelector("button.choice") ?? this.popover.querySelector("input") ?? this.popover).focus({ preventScroll: true });
+    (this.popover.querySelector("button.choice:enabled") ?? this.popover.querySelector("input") ?? this.popover).focus({ preventScroll: true });
   }
 
   content(token, index, texts) {

@@ -84,6 +84,19 @@ export async function spell(ids) {
   return ids.map((id) => spelled.get(id));
 }
 
+// Texts of consecutive tokens: a character of several tokens is the text of the last of them.
+export function join(spellings) {
+  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  return spellings.map((text) => decoder.decode(bytesOf(text), { stream: true }));
+}
+
+function bytesOf(text) {
+  const encoder = new TextEncoder();
+  if (!/^bytes:.*\\x[89a-f]/.test(text)) return encoder.encode(text);
+  const parts = text.slice(6).split(/\\x([0-9a-f]{2})/);
+  return Uint8Array.from(parts.flatMap((part, place) => (place % 2 ? [parseInt(part, 16)] : [...encoder.encode(part)])));
+}
+
 export async function encode(text) {
   return (await post("tokenize", { prompt: text, add_special_tokens: false })).tokens;
 }

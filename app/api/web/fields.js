@@ -7,8 +7,8 @@ const json = { kind: "json" };
 const flag = { kind: "flag" };
 
 const T = {
-  max_tokens: ["most tokens of the answer", "回答最多 token 数"], temperature: ["0: always the likeliest", "0：总取最可能的"],
-  top_p: ["likeliest tokens of this mass", "按概率总和截取"], top_k: ["this many likeliest tokens", "取最可能的几个"],
+  max_tokens: ["longest answer", "回答最多 token 数"], temperature: ["0: always the likeliest", "0：总取最可能的"],
+  top_p: ["likeliest, to this sum", "按概率总和截取"], top_k: ["so many likeliest", "取最可能的几个"],
   min_p: ["share of the likeliest", "相对最可能者的下限"], seed: ["same seed, same answer", "种子相同，回答相同"],
   logprobs: ["alternatives to show", "显示的备选数"], n: ["answers, as branches", "回答数，成为分支"], presence_penalty: ["against tokens seen", "惩罚出现过的"],
   frequency_penalty: ["by how often", "按次数惩罚"], repetition_penalty: ["divides logits", "重复惩罚，除"], stop: ["one a line", "每行一个"],
@@ -21,7 +21,7 @@ const T = {
 
 export const FIELDS = [
   { name: "max_tokens", ...number(1, 1000000, 1), initial: "64", first: true },
-  { name: "temperature", ...number(0, 2, 0.1), first: true },
+  { name: "temperature", ...number(0, 2, 0.1), initial: "0.7", first: true },
   { name: "top_p", ...number(0, 1, 0.05), first: true },
   { name: "top_k", ...number(-1, 1000000, 1), first: true },
   { name: "min_p", ...number(0, 1, 0.01), first: true },

@@ -1,6 +1,6 @@
 // The page: what the buttons and keys do, one request at a time, and the tree that it grows.
 
-import { abilities, ApiError, get, spell, stream, useKey } from "./api.js";
+import { abilities, ApiError, get, join, spell, stream, useKey } from "./api.js";
 import { Answer, drawScale, element } from "./answer.js";
 import { curl, python } from "./code.js";
 import { FIELDS, Invalid, meaning, valueOf } from "./fields.js";
@@ -99,7 +99,8 @@ async function fork(index, ids, logprobs, top) {
   const body = guard(() => settings("completion"));
   if (!body || !head.promptIds) return;
   const texts = await spell(ids).catch(() => ids.map(() => ""));
-  const picked = ids.map((id, place) => ({ id, t: texts[place].startsWith("bytes:") ? "" : texts[place], s: texts[place], lp: logprobs[place], top, picked: true }));
+  const joined = join(texts);
+  const picked = ids.map((id, place) => ({ id, t: joined[place], s: texts[place], lp: logprobs[place], top, picked: true }));
   const parent = ids.length ? tree.owner(active, index) : active;
   delete body.echo;
   delete body.add_special_tokens;
@@ -231,10 +232,11 @@ async function share(node, start, end) {
   const text = run.map((token) => token.t).join("");
   const texts = await spell(run.map((token) => token.id)).catch(() => null);
   if (!texts) return;
-  const fits = texts.join("") === text;
+  const joined = join(texts);
+  const fits = joined.join("") === text;
   run.forEach((token, place) => {
     token.s = texts[place];
-    if (fits) token.t = texts[place];
+    if (fits) token.t = joined[place];
     if (isShown(node)) answer.repaint((node.kind === "fork" ? node.at : 0) + start + place);
   });
 }
@@ -242,7 +244,8 @@ async function share(node, start, end) {
 async function spellPrompt(node) {
   const texts = await spell(node.promptTokens.map((token) => token.id)).catch(() => null);
   if (!texts) return;
-  node.promptTokens.forEach((token, place) => { token.t = texts[place].startsWith("bytes:") ? "·" : texts[place]; });
+  const joined = join(texts);
+  node.promptTokens.forEach((token, place) => { token.t = joined[place]; });
   if (isShown(node)) showPrompt(node);
 }
 
@@ -358,8 +361,8 @@ function branchList(parent) {
     button.type = "button";
     if (node === active) button.setAttribute("aria-current", "true");
     const [lead, rest] = labelOf(node);
-    button.append(element("b", node.kind, lead), element("span", "rest", rest));
-    button.append(element("small", "", t("nTokens", node.tokens.length) + (node.usage ? ` · ${node.usage.cached}/${node.usage.prompt}` : "")));
+    button.append(element("b", `kind-${node.kind}`, lead), element("span", "rest", rest));
+    button.append(element("small", "", t("nTokens", node.tokens.length) + (node.usage?.cached ? ` · ${t("cachedShort", node.usage.cached)}` : "")));
     button.addEventListener("click", () => visit(node));
     const remove = element("button", "remove", "×");
     remove.type = "button";
