@@ -102,9 +102,30 @@ def test_an_empty_vocabulary_of_ids_is_an_error_of_the_row(runner: NativeRunner)
 
 
 def test_the_budget_is_whole_blocks() -> None:
-    assert tokens_for_target(lambda count: None, target_ms=100.0, most_tokens=300) == 256
-    assert tokens_for_target(lambda count: None, target_ms=100.0, most_tokens=10) == 64
-    assert tokens_for_target(lambda count: None, target_ms=1e-9, most_tokens=9999) == 64
+    def budget(target_ms: float, most_tokens: int) -> int:
+        return tokens_for_target(lambda count: None, target_ms=target_ms, most_tokens=most_tokens, num_threads=2)
+
+    assert budget(100.0, 300) == 256
+    assert budget(100.0, 10) == 64
+    assert budget(1e-9, 9999) == 64
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
+def test_draws_in_c_are_the_samplers(runner: NativeRunner, temperature: float) -> None:
+    hand = Hand(runner)
+    logits = hand.logits(hand.entry(0, PROMPT, (1, 2)))[0]
+    in_c = 0
+    forward = runner.forward(StepPlan(step_id=0, entries=(hand.entry(3, PROMPT, (1, 2)),)))
+    for seed in range(300):
+        params = SamplingParams(seed=seed * 2**40 + seed, max_tokens=9, temperature=temperature)
+        hand.started.clear()
+        entry = hand.entry(3, PROMPT, (1, 2), params=params)
+        plan = StepPlan(step_id=0, entries=(entry,))
+        runner.rows.begin(plan)
+        expected = sampler(params).sample_row(logits, len(PROMPT))[0]
+        in_c += bool(runner.draw_plainly(plan.entries, forward))
+        assert runner.sample(plan, forward).rows[0].token_ids == (expected,)
+    assert in_c > 280
 
 
 def test_logits_of_padding_never_win(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """How many tokens a step may have: measured once at load, constant afterwards.
 
-Tokens do not depend on it (rows are independent), so the measurement may be as noisy as the machine.
+Tokens do not depend on it (rows are independent), so it need not be exact. What is measured is one
+thread's own CPU time: while an engine loads, the API process starts on another core, and a share of the
+machine at that moment says nothing about the server's life.
 """
 
 import time
@@ -11,22 +13,24 @@ from app.runner.native.model import BLOCK_SIZE
 DEFAULT_TARGET_MS = 100.0
 _MOST_TOKENS = 2048
 _ROUNDS = 2
+_NEXT_THREAD = 0.8
+"""What each further thread adds to the speed of one."""
 
 
-def tokens_for_target(run_step: Callable[[int], None], *, target_ms: float, most_tokens: int) -> int:
-    """Whole blocks of tokens that take about `target_ms`, one block at least.
+def tokens_for_target(run_step: Callable[[int], None], *, target_ms: float, most_tokens: int, num_threads: int) -> int:
+    """Whole blocks of tokens that `num_threads` compute in about `target_ms`, one block at least.
 
-    `run_step(n)` computes a prefill step of n tokens; the best of a few runs counts.
+    `run_step(n)` computes a prefill step of n tokens on the calling thread; the best of a few runs counts.
     """
-    probe = min(2 * BLOCK_SIZE, most_tokens)
-    run_step(probe)
-    seconds = min(_timed(run_step, probe) for _ in range(_ROUNDS))
-    tokens = target_ms / 1000.0 * probe / seconds
+    run_step(BLOCK_SIZE)
+    seconds = max(min(_timed(run_step) for _ in range(_ROUNDS)), 1e-9)
+    speedup = 1.0 + _NEXT_THREAD * (num_threads - 1)
+    tokens = target_ms / 1000.0 * speedup * BLOCK_SIZE / seconds
     blocks = int(min(tokens, _MOST_TOKENS, max(most_tokens, BLOCK_SIZE))) // BLOCK_SIZE
     return max(1, blocks) * BLOCK_SIZE
 
 
-def _timed(run_step: Callable[[int], None], num_tokens: int) -> float:
-    begin = time.perf_counter()
-    run_step(num_tokens)
-    return time.perf_counter() - begin
+def _timed(run_step: Callable[[int], None]) -> float:
+    begin = time.thread_time()
+    run_step(BLOCK_SIZE)
+    return time.thread_time() - begin

@@ -92,6 +92,23 @@ class CStep(Structure):
     )
 
 
+class CDraws(Structure):
+    """hw_draws."""
+
+    _fields_ = (
+        ("num_rows", c_int32),
+        ("vocab", c_int32),
+        ("stride", c_int64),
+        ("logits", c_void_p),
+        ("slots", c_void_p),
+        ("best_ids", c_void_p),
+        ("temperatures", c_void_p),
+        ("seeds", c_void_p),
+        ("positions", c_void_p),
+        ("token_ids", c_void_p),
+    )
+
+
 class Library:
     """One loaded shared library. Calls release the GIL."""
 
@@ -106,6 +123,7 @@ class Library:
         self.close = self._function("hw_close", None, c_void_p)
         self.forward = self._function("hw_forward", c_int32, *step_arguments)
         self.score = self._function("hw_score", c_int32, *step_arguments)
+        self.draw = self._function("hw_draw", None, c_void_p, POINTER(CDraws))
         self.pack_bf16 = self._function("hw_pack_bf16", None, c_void_p, *pack)
         self.pack_int8 = self._function("hw_pack_int8", None, c_void_p, c_void_p, c_void_p, *pack)
         self.round_bf16 = self._function("hw_round_bf16", None, c_void_p, c_void_p, c_int64)
@@ -122,9 +140,9 @@ class Library:
         return function
 
     def _check_sizes(self) -> None:
-        sizes = np.zeros(4, dtype=np.int32)
+        sizes = np.zeros(5, dtype=np.int32)
         self._function("hw_sizes", None, c_void_p)(sizes.ctypes.data)
-        ours = [ctypes.sizeof(struct) for struct in (CLinear, CLayer, CModel, CStep)]
+        ours = [ctypes.sizeof(struct) for struct in (CLinear, CLayer, CModel, CStep, CDraws)]
         if sizes.tolist() != ours:
             raise TierUnavailable(f"the native kernels have structs of {sizes.tolist()} bytes, not {ours}")
 

@@ -44,13 +44,14 @@ def load(config: EngineConfig) -> NativeRunner:
     model = NativeModel(shape, weights, num_blocks=kv.num_blocks, max_model_len=kv.max_model_len)
     eos_token_ids = _eos_token_ids(config, model_dir)
 
-    def runner_with(max_num_batched_tokens: int) -> NativeRunner:
+    def runner_with(max_num_batched_tokens: int, threads: int) -> NativeRunner:
         info = _info(config, shape, weights, kv, level, num_threads, max_num_batched_tokens)
-        return NativeRunner(library, model, info, eos_token_ids=eos_token_ids, num_threads=num_threads)
+        return NativeRunner(library, model, info, eos_token_ids=eos_token_ids, num_threads=threads)
 
     if config.max_num_batched_tokens is not None:
-        return runner_with(config.max_num_batched_tokens)
-    return runner_with(_measure_budget(runner_with(BLOCK_SIZE), config, kv))
+        return runner_with(config.max_num_batched_tokens, num_threads)
+    budget = _measure_budget(runner_with(BLOCK_SIZE, 1), config, kv, num_threads=num_threads)
+    return runner_with(budget, num_threads)
 
 
 def _check_settings(config: EngineConfig) -> None:
@@ -120,7 +121,7 @@ def _eos_token_ids(config: EngineConfig, model_dir: Path) -> tuple[int, ...]:
     return ()
 
 
-def _measure_budget(runner: NativeRunner, config: EngineConfig, kv: KVPlan) -> int:
+def _measure_budget(runner: NativeRunner, config: EngineConfig, kv: KVPlan, *, num_threads: int) -> int:
     """Time prefill steps in the first blocks, which nobody holds yet."""
 
     def run_step(num_tokens: int) -> None:
@@ -135,6 +136,6 @@ def _measure_budget(runner: NativeRunner, config: EngineConfig, kv: KVPlan) -> i
 
     try:
         target_ms = DEFAULT_TARGET_MS if config.target_itl_ms is None else config.target_itl_ms
-        return tokens_for_target(run_step, target_ms=target_ms, most_tokens=kv.max_model_len)
+        return tokens_for_target(run_step, target_ms=target_ms, most_tokens=kv.max_model_len, num_threads=num_threads)
     finally:
         runner.close()

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from app.core.plan import LogitsNeed, PlanEntry, RowResult, StepPlan, StepResult
 from app.core.types import TokenLogprobs
-from app.runner.base import Forward, RunnerInfo
-from app.runner.native.library import CStep, Library, address
+from app.runner.base import Forward, RunnerInfo, StepMasks
+from app.runner.native.library import CDraws, CStep, Library, address
 from app.runner.native.model import BLOCK_SIZE, NativeModel
 from app.runner.native.rows import Row, RowTable
 from app.runner.sampling import RowError, score_prompt
@@ -79,7 +79,7 @@ class NativeForward:
 
 
 class NativeRunner:
-    """See the module. One thread calls it. `library`, `model` and `context` are open to benchmarks and tests."""
+    """See the module. One thread calls it. The public attributes are for benchmarks and tests."""
 
     def __init__(
         self, library: Library, model: NativeModel, info: RunnerInfo, *, eos_token_ids: Sequence[int], num_threads: int
@@ -88,9 +88,7 @@ class NativeRunner:
         self.model = model
         self._info = info
         blocks_per_row = -(-info.max_model_len // BLOCK_SIZE)
-        self._rows = RowTable(
-            vocab_size=info.vocab_size, eos_token_ids=eos_token_ids, blocks_per_row=blocks_per_row + 1
-        )
+        self.rows = RowTable(vocab_size=info.vocab_size, eos_token_ids=eos_token_ids, blocks_per_row=blocks_per_row + 1)
         self.context: int | None = library.open(num_threads)
         if not self.context:
             raise MemoryError("no memory for the native tier's threads")
@@ -102,16 +100,21 @@ class NativeRunner:
 
     def forward(self, plan: StepPlan) -> NativeForward:
         """Compute the plan; returns when it is done. See ModelRunner."""
-        self._rows.begin(plan)
+        self.rows.begin(plan)
         arrays = self._gather(plan.entries)
         forward = self._ask(plan.entries, arrays)
         self._call(self.library.forward, arrays, forward.wanted)
         return forward
 
-    def sample(self, plan: StepPlan, forward: Forward) -> StepResult:
+    def sample(self, plan: StepPlan, forward: Forward, masks: StepMasks | None = None) -> StepResult:
         """Draw the next tokens of the step that `forward` computed, which must be the last one."""
         assert isinstance(forward, NativeForward)
-        rows = tuple(self._sample_entry(index, entry, forward) for index, entry in enumerate(plan.entries))
+        by_row: StepMasks = {} if masks is None else masks
+        drawn = self.draw_plainly(plan.entries, forward)
+        rows = tuple(
+            self._sample_entry(index, entry, forward, by_row.get(entry.row), drawn.get(index))
+            for index, entry in enumerate(plan.entries)
+        )
         return StepResult(step_id=plan.step_id, rows=rows)
 
     def close(self) -> None:
@@ -126,7 +129,7 @@ class NativeRunner:
         np.cumsum(counts, out=entry_starts[1:])
         begins = np.array([entry.start for entry in entries], dtype=np.int32) - entry_starts[:-1]
         total = int(entry_starts[-1])
-        tables = self._rows.block_tables
+        tables = self.rows.block_tables
         return StepArrays(
             token_ids=np.fromiter((t for entry in entries for t in entry.token_ids), dtype=np.int32, count=total),
             positions=np.arange(total, dtype=np.int32) + np.repeat(begins, counts),
@@ -147,7 +150,7 @@ class NativeRunner:
                 continue
             logits_rows[index] = len(tokens)
             tokens.append(int(arrays.entry_starts[index + 1]) - 1)
-            needs_logits = not self._rows[entry.row].takes_largest(entry.start + len(entry.token_ids))
+            needs_logits = not self.rows[entry.row].takes_largest(_next_position(entry))
             slots.append(num_slots if needs_logits else -1)
             num_slots += needs_logits
         return NativeForward(arrays, Wanted(tokens, slots, self.model.logits_stride), logits_rows)
@@ -157,13 +160,47 @@ class NativeRunner:
         if function(self.context, self.model.reference, ctypes.byref(step)) < 0:
             raise MemoryError(f"no memory for a step of {len(arrays.token_ids)} tokens; lower --max-num-batched-tokens")
 
-    def _sample_entry(self, index: int, entry: PlanEntry, forward: NativeForward) -> RowResult:
-        row = self._rows[entry.row]
+    def draw_plainly(self, entries: Sequence[PlanEntry], forward: NativeForward) -> dict[int, int]:
+        """Tokens by entry for those that only have a temperature, in one C call; those in doubt are left out."""
+        wanted = forward.wanted
+        rows = [
+            (index, at)
+            for index, at in forward.logits_rows.items()
+            if wanted.is_finite[at] and self.rows[entries[index].row].draws_plainly(_next_position(entries[index]))
+        ]
+        if not rows:
+            return {}
+        picked = np.array([at for _, at in rows])
+        params = [self.rows[entries[index].row].params for index, _ in rows]
+        slots, best_ids = wanted.slots[picked], wanted.best_ids[picked]
+        temperatures = np.array([p.temperature for p in params], dtype=np.float32)
+        seeds = np.array([p.seed for p in params], dtype=np.uint64)
+        positions = np.array([_next_position(entries[index]) for index, _ in rows], dtype=np.uint64)
+        token_ids = np.empty(len(rows), dtype=np.int32)
+        draws = CDraws(
+            num_rows=len(rows),
+            vocab=self._info.vocab_size,
+            stride=self.model.logits_stride,
+            logits=address(wanted.logits),
+            slots=address(slots),
+            best_ids=address(best_ids),
+            temperatures=address(temperatures),
+            seeds=address(seeds),
+            positions=address(positions),
+            token_ids=address(token_ids),
+        )
+        self.library.draw(self.context, ctypes.byref(draws))
+        return {index: token for (index, _), token in zip(rows, token_ids.tolist(), strict=True) if token >= 0}
+
+    def _sample_entry(
+        self, index: int, entry: PlanEntry, forward: NativeForward, mask: NDArray[np.int32] | None, drawn: int | None
+    ) -> RowResult:
+        row = self.rows[entry.row]
         try:
             scored = self._score(index, entry, row, forward) if entry.logits is LogitsNeed.ALL else ()
             if not entry.sample:
                 return RowResult(row=entry.row, prompt_logprobs=scored)
-            token_id, logprobs = self._draw(index, entry, row, forward)
+            token_id, logprobs = self._draw(index, entry, forward, mask, drawn)
         except RowError as error:
             return RowResult(row=entry.row, error=str(error))
         return RowResult(
@@ -173,16 +210,19 @@ class NativeRunner:
             prompt_logprobs=scored,
         )
 
-    def _draw(self, index: int, entry: PlanEntry, row: Row, forward: NativeForward) -> tuple[int, TokenLogprobs | None]:
+    def _draw(
+        self, index: int, entry: PlanEntry, forward: NativeForward, mask: NDArray[np.int32] | None, drawn: int | None
+    ) -> tuple[int, TokenLogprobs | None]:
+        row = self.rows[entry.row]
         wanted, at = forward.wanted, forward.logits_rows[index]
         if not wanted.is_finite[at]:
             raise RowError(_NOT_FINITE)
-        if wanted.slots[at] < 0:
-            token_id = int(wanted.best_ids[at])
+        if wanted.slots[at] < 0 or drawn is not None:
+            token_id = int(wanted.best_ids[at]) if drawn is None else drawn
             row.sampler.observe(token_id)
             return token_id, None
         logits = wanted.logits[wanted.slots[at], : self._info.vocab_size]
-        return row.sampler.sample_row(logits, entry.start + len(entry.token_ids))
+        return row.sampler.sample_row(logits, _next_position(entry), mask=mask)
 
     def _score(self, index: int, entry: PlanEntry, row: Row, forward: NativeForward) -> tuple[TokenLogprobs, ...]:
         """Logprobs of the prompt positions start + 1 .. end, a few rows of logits at a time."""
@@ -203,3 +243,8 @@ class NativeRunner:
             wanted = Wanted(tokens, range(len(tokens)), self.model.logits_stride)
             self._call(self.library.score, forward.arrays, wanted)
             yield wanted.logits[:, : self._info.vocab_size]
+
+
+def _next_position(entry: PlanEntry) -> int:
+    """Where the token that an entry draws will stand."""
+    return entry.start + len(entry.token_ids)

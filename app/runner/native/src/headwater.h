@@ -56,6 +56,17 @@ typedef struct {
     uint8_t *is_finite;                   /* [num_logits] */
 } hw_step;
 
+/* Rows of logits of one step to draw from at a temperature, without filters or penalties. */
+typedef struct {
+    int32_t num_rows, vocab;
+    int64_t stride; /* floats from a row of logits to the next */
+    const float *logits;
+    const int32_t *slots, *best_ids; /* [num_rows] row of logits; id of its largest */
+    const float *temperatures;
+    const uint64_t *seeds, *positions;
+    int32_t *token_ids; /* out */
+} hw_draws;
+
 typedef struct hw_context hw_context; /* threads and scratch memory */
 
 #endif

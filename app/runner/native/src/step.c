@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "attention.h"
+#include "draw.h"
 #include "linear.h"
 #include "pool.h"
 #include "rows.h"
@@ -276,6 +277,27 @@ int32_t hw_score(hw_context *c, const hw_model *model, const hw_step *step) {
     return pool_run(c->pool, score_region, &j);
 }
 
+typedef struct {
+    hw_pool *pool;
+    const hw_draws *draws;
+} draw_job;
+
+static void draw_region(void *arg, int thread, int threads) {
+    const draw_job *j = arg;
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(MXCSR_FLUSH);
+    SHARE(j->draws->num_rows);
+    draw_rows(j->draws, from, to);
+    _mm_setcsr(before);
+    pool_barrier(j->pool, threads);
+}
+
+/* Draw for all rows; see draw.c for what -1 means. */
+void hw_draw(hw_context *c, const hw_draws *draws) {
+    draw_job j = {c->pool, draws};
+    pool_run(c->pool, draw_region, &j);
+}
+
 /* ---- single kernels, for loadtest/bench_kernels.py ---- */
 
 typedef struct {
@@ -323,4 +345,5 @@ void hw_sizes(int32_t *out) {
     out[1] = sizeof(hw_layer);
     out[2] = sizeof(hw_model);
     out[3] = sizeof(hw_step);
+    out[4] = sizeof(hw_draws);
 }

@@ -34,6 +34,21 @@ INLINE vf v_exp2_negative(vf x) {
 
 #define LOG2_E 1.44269504f
 
+/* e^x within 2e-7 of the result for x <= 0: the argument is reduced in two parts. */
+INLINE vf v_exp(vf x) {
+    x = v_max(v_set1(-87.0f), x);
+    vf n = v_round(v_mul(x, v_set1(LOG2_E)));
+    vf r = v_fma(n, v_set1(2.12194440e-4f), v_fma(n, v_set1(-0.693359375f), x));
+    vf p = v_set1(1.98412698e-4f);
+    p = v_fma(p, r, v_set1(1.38888889e-3f));
+    p = v_fma(p, r, v_set1(8.33333333e-3f));
+    p = v_fma(p, r, v_set1(4.16666667e-2f));
+    p = v_fma(p, r, v_set1(1.66666667e-1f));
+    p = v_fma(p, r, v_set1(5.0e-1f));
+    p = v_fma(p, r, v_set1(1.0f));
+    return v_scale2(v_fma(p, r, v_set1(1.0f)), n);
+}
+
 /* x / (1 + e^-x) */
 INLINE vf v_silu(vf x) { return v_div(x, v_add(v_set1(1.0f), v_exp2(v_mul(x, v_set1(-LOG2_E))))); }
 #endif
