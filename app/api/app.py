@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -18,7 +19,7 @@ from app.api.middleware import RequestLayer
 from app.api.openapi import add_schemas
 from app.api.record import RequestRecord
 from app.api.respond import ErrorResponse
-from app.api.routes import chat, completions, embeddings, engine, models, page, server, tokens
+from app.api.routes import chat, completions, docs, embeddings, engine, models, page, server, tokens
 from app.core.errors import HeadwaterError, InvalidRequest, NotFound
 
 _EXPOSED_HEADERS = ("x-request-id", "retry-after", "headwater-seed", "headwater-ignored", "headwater-resume")
@@ -31,11 +32,19 @@ def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
         title="Headwater",
         version=context.version,
         root_path=root_path,
+        servers=[{"url": root_path}] if root_path else None,
         lifespan=_lifespan_of(context),
         redirect_slashes=False,
+        # Our own routes describe the API, from bundled files.
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
     )
     for module in (chat, completions, embeddings, models, server, tokens, engine, page):
         app.include_router(module.routes(context))
+    if context.docs:
+        app.include_router(docs.routes(app))
     # The last one added is the outermost: a preflight carries no key, and every answer is logged.
     app.add_middleware(KeyLayer, keys=context.keys, metrics_keys=context.metrics_keys)
     if context.allowed_origins:
@@ -50,7 +59,8 @@ def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
     app.add_exception_handler(HeadwaterError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(ClientDisconnected, _answer_nobody)
-    add_schemas(app)
+    app.add_exception_handler(RequestValidationError, _answer_invalid_parameter)
+    add_schemas(app, unknown=context.limits.unknown_fields)
     return app
 
 
@@ -79,6 +89,14 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return await _answer_error(request, _translate(request, error))
+
+
+async def _answer_invalid_parameter(request: Request, error: Exception) -> Response:
+    """A query or path parameter of the wrong type; bodies are ours."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return await _answer_error(request, InvalidRequest(f"`{name}`: {first['msg']}.", param=name))
 
 
 async def _answer_nobody(_request: Request, _error: Exception) -> Response:

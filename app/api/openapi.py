@@ -1,12 +1,32 @@
-"""The OpenAPI document: bodies are read by msgspec, so their schemas come from msgspec too."""
+"""The OpenAPI document: bodies are read by msgspec, so their schemas come from msgspec too.
 
+What msgspec cannot know is added here: the tables' accepted values and refusals, the statuses that errors
+have, the events of streams. `scripts/describe_api.py` prints the document; docs/openapi.json is held to it.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI
 
-from app.api.errors import ErrorBody
+from app.api.errors import BodyTimeout, ErrorBody, Unauthorized, kind_of
 from app.api.schemas import chat, completions, engine, server, tokens
+from app.api.schemas.field_rules import FieldTable, UnknownFields
+from app.api.schemas.fields import CHAT, COMPLETIONS
+from app.api.schemas.limits import MAX_PROMPTS
+from app.core.errors import (
+    BodyTooLarge,
+    EngineFailed,
+    EngineUnavailable,
+    InvalidRequest,
+    NotFound,
+    TooManyRequests,
+    UnsupportedMedia,
+)
+
+Schema = dict[str, Any]
+Responses = dict[int | str, dict[str, Any]]
 
 _TEMPLATE = "#/components/schemas/{name}"
 _TYPES: tuple[type[msgspec.Struct], ...] = (
@@ -28,31 +48,163 @@ _TYPES: tuple[type[msgspec.Struct], ...] = (
     tokens.DetokenizeResponse,
     tokens.TokenizerInfo,
 )
+_TABLES: tuple[tuple[str, FieldTable], ...] = (("ChatRequest", CHAT), ("CompletionRequest", COMPLETIONS))
+
+BODY_ERRORS: tuple[type[Exception], ...] = (
+    InvalidRequest,
+    NotFound,
+    BodyTimeout,
+    BodyTooLarge,
+    UnsupportedMedia,
+    TooManyRequests,
+    EngineUnavailable,
+)
+"""What a route that reads a body about the model may answer."""
+GENERATION_ERRORS: tuple[type[Exception], ...] = (*BODY_ERRORS, EngineFailed)
+
+OPEN: dict[str, Any] = {"security": []}
+"""`openapi_extra` of a route that needs no key."""
+
+_DESCRIPTIONS: Mapping[int, str] = {
+    400: "The request is wrong; `error.param` names the field.",
+    401: "No API key, or an unknown one. Only where the server has keys.",
+    404: "No such model.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    415: "The body is not JSON, or is compressed.",
+    429: "Too much is in flight.",
+    500: "The server failed this request.",
+    503: "No engine takes requests now: it is starting, being replaced or draining.",
+}
+_REQUEST_ID = {"description": "Id of the request in the server's log.", "schema": {"type": "string"}}
+_RETRY_AFTER = {"description": "Seconds.", "required": True, "schema": {"type": "integer", "minimum": 1}}
+_GENERATION_HEADERS: Schema = {
+    "Headwater-Seed": {"description": "The seed that repeats the answer.", "schema": {"type": "integer"}},
+    "Headwater-Resume": {
+        "description": "Whether an answer that outlives its engine goes on with the very same tokens.",
+        "schema": {"enum": ["exact", "approximate"]},
+    },
+    "Headwater-Ignored": {"description": "Fields without effect.", "schema": {"type": "string"}},
+}
 
 
-def json_body(kind: type[msgspec.Struct]) -> dict[str, Any]:
+def json_body(kind: type[msgspec.Struct], **examples: object) -> dict[str, Any]:
     """`openapi_extra` of a route that reads `kind` as JSON."""
-    return {"requestBody": {"required": True, "content": _content(kind)}}
+    content = _json_of(kind)
+    if examples:
+        content["application/json"]["examples"] = {name: {"value": value} for name, value in examples.items()}
+    return {"requestBody": {"required": True, "content": content}}
 
 
-def json_reply(kind: type[msgspec.Struct] | None) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route that answers `kind` as JSON, or an error body."""
-    error: dict[int | str, dict[str, Any]] = {"default": {"description": "An error.", "content": _content(ErrorBody)}}
-    return error if kind is None else {200: {"description": "OK", "content": _content(kind)}, **error}
+def json_reply(
+    kind: type[msgspec.Struct] | None, errors: Sequence[type[Exception]] = (), *, is_open: bool = False
+) -> Responses:
+    """`responses` of a route that answers `kind` as JSON, or one of the errors."""
+    replies: Responses = {}
+    if kind is not None:
+        replies[200] = {"description": "OK", "headers": {"X-Request-Id": _REQUEST_ID}, "content": _json_of(kind)}
+    for error in (*errors, *(() if is_open else (Unauthorized,))):
+        status = kind_of(error).status
+        replies[status] = error_reply(status)
+    return dict(sorted(replies.items()))
 
 
-def add_schemas(app: FastAPI) -> None:
-    """Put the schemas that the routes refer to into the application's OpenAPI document."""
+def stream_reply(whole: type[msgspec.Struct], chunk: type[msgspec.Struct]) -> Responses:
+    """`responses` of a generating route: the whole answer, or a stream of chunks."""
+    replies = json_reply(whole, GENERATION_ERRORS)
+    replies[200]["description"] = f"The answer; with `stream: true` as server-sent events of {chunk.__name__}."
+    replies[200]["headers"] |= _GENERATION_HEADERS
+    replies[200]["content"]["text/event-stream"] = {
+        "schema": {
+            "type": "string",
+            "description": "Each event is a line `data: JSON` and an empty line; lines that begin with a colon are "
+            "comments. A failure after the first byte is an event with an ErrorBody. The last event is `data: [DONE]`.",
+            "x-event-data": {"oneOf": [_ref(chunk), _ref(ErrorBody)]},
+        }
+    }
+    return replies
+
+
+def status_reply(kind: type[msgspec.Struct]) -> Responses:
+    """`responses` of an open route that answers `kind` with 200 or 503."""
+    replies = json_reply(kind, is_open=True)
+    unavailable = kind_of(EngineUnavailable).status
+    replies[unavailable] = {**replies[200], "description": "The same, and the answer is no."}
+    return replies
+
+
+def error_reply(status: int) -> dict[str, Any]:
+    """One error response."""
+    headers: dict[str, Any] = {"X-Request-Id": _REQUEST_ID}
+    if status == kind_of(TooManyRequests).status or status == kind_of(EngineUnavailable).status:
+        headers["Retry-After"] = _RETRY_AFTER
+    if status == kind_of(Unauthorized).status:
+        headers["WWW-Authenticate"] = {"schema": {"enum": ["Bearer"]}}
+    return {"description": _DESCRIPTIONS[status], "headers": headers, "content": _json_of(ErrorBody)}
+
+
+def add_schemas(app: FastAPI, *, unknown: UnknownFields | None = None) -> None:
+    """Complete the application's OpenAPI document. `unknown`: what the operator decided about unknown fields."""
     make = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = make()
+        if "ErrorBody" in document.get("components", {}).get("schemas", {}):
+            return document  # FastAPI keeps the document that it made
         _, schemas = msgspec.json.schema_components(_TYPES, ref_template=_TEMPLATE)
-        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+        for name, table in _TABLES:
+            _add_table(schemas[name], table, table.unknown if unknown is None else unknown)
+            schemas[name]["properties"]["logit_bias"]["anyOf"][0]["propertyNames"] = {"pattern": "^-?[0-9]{1,18}$"}
+        schemas["CompletionRequest"]["properties"]["prompt"] |= _prompt_schema()
+        document["components"] = {
+            "schemas": dict(sorted(schemas.items())),
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        }
+        # Any of these; the empty one because a server may have no keys.
+        document["security"] = [{}, {"bearer": []}, {"x-api-key": []}]
+        _drop_foreign_answers(document)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend it
 
 
-def _content(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": _TEMPLATE.format(name=kind.__name__)}}}
+def _add_table(schema: Schema, table: FieldTable, unknown: UnknownFields) -> None:
+    properties = schema["properties"]
+    for one in table.honoured:
+        properties[one.name]["description"] = f"{one.meaning} Default: {one.default}. Values: {one.range}."
+    for harmless in table.harmless:
+        accepted = {"description": f"No effect: {harmless.meaning} Accepted: {harmless.accepted}."}
+        properties[harmless.name] = harmless.values.schema | accepted
+    for refused in table.refused:
+        properties[refused.name] = {"type": "null", "description": f"Not served: {refused.instead}."}
+    if unknown is UnknownFields.REFUSE:
+        schema["additionalProperties"] = False
+
+
+def _prompt_schema() -> Schema:
+    """One text, one list of ids, or a list of both: the struct's type cannot say that ids and lists do not mix."""
+    text: Schema = {"type": "string", "minLength": 1}
+    ids: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+    several = {"type": "array", "items": {"anyOf": [text, ids]}, "minItems": 1, "maxItems": MAX_PROMPTS}
+    return {"anyOf": [text, ids, several]}
+
+
+def _drop_foreign_answers(document: dict[str, Any]) -> None:
+    """FastAPI promises a 422 for parameters, which are a 400 here, and an empty 200 where we promise none."""
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            responses = operation["responses"]
+            responses.pop("422", None)
+            if "content" not in responses.get("200", {"content": None}):
+                del responses["200"]
+
+
+def _ref(kind: type[msgspec.Struct]) -> Schema:
+    return {"$ref": _TEMPLATE.format(name=kind.__name__)}
+
+
+def _json_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    return {"application/json": {"schema": _ref(kind)}}

@@ -5,8 +5,13 @@ from fastapi import APIRouter, Response
 from app.api.completion_form import CompletionEndpoint
 from app.api.deps import ServerContext
 from app.api.generation import GenerationRun
-from app.api.openapi import json_body, json_reply
+from app.api.openapi import json_body, stream_reply
 from app.api.schemas.completions import CompletionRequest, CompletionResponse
+
+_EXAMPLES = {
+    "a_text": {"prompt": "The sea is", "max_tokens": 32, "temperature": 0.2},
+    "token_ids_scored_without_output": {"prompt": [1, 2, 3], "max_tokens": 0, "echo": True, "logprobs": 1},
+}
 
 
 def routes(context: ServerContext) -> APIRouter:
@@ -16,8 +21,8 @@ def routes(context: ServerContext) -> APIRouter:
 
     @router.post(
         "/v1/completions",
-        responses=json_reply(CompletionResponse),
-        openapi_extra=json_body(CompletionRequest),
+        responses=stream_reply(CompletionResponse, CompletionResponse),
+        openapi_extra=json_body(CompletionRequest, **_EXAMPLES),
         response_class=Response,
     )
     async def create_completion() -> Response:

@@ -17,7 +17,7 @@ def routes(context: ServerContext) -> APIRouter:
     """The live view's route."""
     router = APIRouter(tags=["server"])
 
-    @router.get("/engine", responses=json_reply(EngineView), response_class=Response)
+    @router.get("/engine", responses=json_reply(EngineView, (InvalidRequest,)), response_class=Response)
     async def engine(request: Request) -> Response:
         """The engine now, and its steps after number `after` (0: all that are kept)."""
         return JsonResponse(_view(context, _number(request.query_params.get("after", "0"))))

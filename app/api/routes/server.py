@@ -4,25 +4,30 @@ from fastapi import APIRouter, Request, Response
 
 from app.api.deps import ServerContext
 from app.api.errors import error_headers, kind_of
-from app.api.openapi import json_reply
+from app.api.openapi import OPEN, json_reply, status_reply
 from app.api.respond import JsonResponse
 from app.api.schemas.server import Liveness, Readiness, Version
 from app.client.engine_client import EngineState
 from app.core.errors import EngineUnavailable
+
+_METRICS = {
+    200: {"description": "OK", "content": {"text/plain": {"schema": {"type": "string"}}}},
+    **json_reply(None),
+}
 
 
 def routes(context: ServerContext) -> APIRouter:
     """The operators' routes."""
     router = APIRouter(tags=["server"])
 
-    @router.get("/health", responses=json_reply(Liveness), response_class=Response)
+    @router.get("/health", responses=status_reply(Liveness), openapi_extra=OPEN, response_class=Response)
     async def health() -> Response:
         """200 while the process is sane; 503 when its engine cannot come back and only a restart helps."""
         if context.engine.status.state is EngineState.FAILED:
             return JsonResponse(Liveness(status="failed"), status=kind_of(EngineUnavailable).status)
         return JsonResponse(Liveness(status="ok"))
 
-    @router.get("/ready", responses=json_reply(Readiness), response_class=Response)
+    @router.get("/ready", responses=status_reply(Readiness), openapi_extra=OPEN, response_class=Response)
     async def ready() -> Response:
         """200 while requests are taken; 503 with the state while starting, stalled, restarting or draining."""
         status, limits = context.engine.status, context.engine.limits
@@ -43,7 +48,7 @@ def routes(context: ServerContext) -> APIRouter:
         response.raw_headers += error_headers(EngineUnavailable(status.detail))
         return response
 
-    @router.get("/metrics", response_class=Response)
+    @router.get("/metrics", responses=_METRICS, response_class=Response)
     async def metrics(request: Request) -> Response:
         """Prometheus exposition."""
         body, content_type = context.metrics.render(request.headers.get("accept", ""))

@@ -10,7 +10,7 @@ from msgspec import UNSET
 from app.api.body import check_headers, read_body
 from app.api.chat_prompt import check_kwargs, render, require_template
 from app.api.deps import ServerContext
-from app.api.openapi import json_body, json_reply
+from app.api.openapi import BODY_ERRORS, json_body, json_reply
 from app.api.respond import JsonResponse
 from app.api.schemas.decode import decode_keys, decode_struct
 from app.api.schemas.field_rules import UnknownFields
@@ -27,6 +27,11 @@ from app.text.tokenizer import Tokenizer
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
+_EXAMPLES = {
+    "a_text": {"prompt": "你好", "return_token_strs": True},
+    "messages": {"messages": [{"role": "user", "content": "Hi"}]},
+}
+
 
 def routes(context: ServerContext) -> APIRouter:
     """The tokenizer's routes."""
@@ -34,8 +39,8 @@ def routes(context: ServerContext) -> APIRouter:
 
     @router.post(
         "/tokenize",
-        responses=json_reply(TokenizeResponse),
-        openapi_extra=json_body(TokenizeRequest),
+        responses=json_reply(TokenizeResponse, BODY_ERRORS),
+        openapi_extra=json_body(TokenizeRequest, **_EXAMPLES),
         response_class=Response,
     )
     async def tokenize(request: Request) -> Response:
@@ -60,8 +65,8 @@ def routes(context: ServerContext) -> APIRouter:
 
     @router.post(
         "/detokenize",
-        responses=json_reply(DetokenizeResponse),
-        openapi_extra=json_body(DetokenizeRequest),
+        responses=json_reply(DetokenizeResponse, BODY_ERRORS),
+        openapi_extra=json_body(DetokenizeRequest, some_ids={"tokens": [1, 2, 3]}),
         response_class=Response,
     )
     async def detokenize(request: Request) -> Response:
