@@ -42,6 +42,7 @@ export class Answer {
     this.popover = byId("popover");
     this.tokens = [];
     this.open = null;
+    this.canFork = false;
     this.box.addEventListener("click", (event) => this.clicked(event));
     this.box.addEventListener("keydown", (event) => this.walked(event));
     this.popover.addEventListener("keydown", (event) => this.choosing(event));
@@ -51,9 +52,8 @@ export class Answer {
     window.addEventListener("resize", () => this.close());
   }
 
-  show(tokens, marks, { canFork }) {
+  show(tokens, marks) {
     this.close();
-    this.canFork = canFork;
     this.tokens = [];
     this.box.replaceChildren();
     tokens.forEach((token, index) => {

@@ -101,9 +101,9 @@ export class Live {
 
   drawSteps() {
     const total = (name) => this.steps.reduce((sum, step) => sum + step[name], 0);
-    const largest = Math.max(1, ...this.steps.map((step) => step.prefill + step.decode + step.cached));
+    const largest = Math.max(0, ...this.steps.map((step) => step.prefill + step.decode + step.cached));
     // A decode step of one row must be seen beside a prefill of hundreds: heights go with the root.
-    const height = (tokens) => (Math.sqrt(tokens) / Math.sqrt(largest)) * 58;
+    const height = (tokens) => (Math.sqrt(tokens) / Math.sqrt(Math.max(8, largest))) * 58;
     const shapes = [];
     this.steps.forEach((step, index) => {
       const x = 300 - (this.steps.length - index) * 4;

@@ -112,7 +112,8 @@ async function fork(index, ids, logprobs, top) {
 
 async function follow(nodes, path, body) {
   const controller = new AbortController();
-  const clock = { start: performance.now(), last: performance.now(), first: null, count: 0 };
+  const start = performance.now();
+  const clocks = new Map(nodes.map((node) => [node, { start, last: start, first: null, count: 0 }]));
   running = { controller, nodes };
   live.isBusy = true;
   for (const node of nodes) node.generation = live.generation;
@@ -122,27 +123,29 @@ async function follow(nodes, path, body) {
   byId("caret").hidden = false;
   byId("hint").textContent = t("working");
   try {
-    for await (const chunk of stream(path, body, controller.signal)) take(nodes, chunk, clock);
+    for await (const chunk of stream(path, body, controller.signal)) take(nodes, chunk, clocks);
   } catch (error) {
     for (const node of nodes) node.finish ??= error.name === "AbortError" ? "stop-button" : "error";
     if (error.name !== "AbortError") fail(error);
   }
   if (running?.controller === controller) running = null;
-  live.isBusy = false;
-  for (const node of nodes) {
+  live.isBusy = Boolean(running);
+  for (const [node, clock] of clocks) {
     node.speed = clock.count > 1 ? (clock.count - 1) / ((clock.last - clock.first) / 1000) : null;
-    if (node.kind === "root" && !node.tokens.length && node.finish === "error" && !node.promptTokens.length) drop(node);
+    if (!node.tokens.length && node.finish === "error") drop(node);
     else await tidy(node, 0);
   }
-  refresh();
+  refresh({ keepTokens: nodes.includes(active) });
 }
 
+// A run that brought nothing leaves no branch, and the message goes back to where it was typed.
 function drop(node) {
   tree.remove(node);
-  if (active === node) active = null;
+  if (node.mode === "chat" && !byId("prompt").value) byId("prompt").value = node.prompt;
+  if (active === node) active = tree.nodes.get(node.parent) ?? null;
 }
 
-function take(nodes, chunk, clock) {
+function take(nodes, chunk, clocks) {
   const choice = chunk.choices[0];
   if (chunk.prompt_token_ids) for (const node of nodes) node.promptIds = chunk.prompt_token_ids;
   if (chunk.seed !== undefined) for (const node of nodes) node.seed = chunk.seed;
@@ -156,8 +159,10 @@ function take(nodes, chunk, clock) {
   const tokens = tokensOf(choice);
   const now = performance.now();
   if (tokens.length) {
+    const clock = clocks.get(node);
     const gap = now - clock.last;
     if (clock.first !== null && gap > PAUSE_MS) askWhy(node, node.tokens.length, gap / 1000);
+    if (clock.first === null && isShown(node)) byId("hint").textContent = t(tokens.some((token) => token.lp !== null) ? "hintTokens" : "hintPlain");
     clock.first ??= now;
     node.ttft ??= (now - clock.start) / 1000;
     clock.last = now;
@@ -169,7 +174,8 @@ function take(nodes, chunk, clock) {
     const last = node.tokens.at(-1);
     if (last && choice.finish_reason === "stop" && !last.t && choice.stop_reason == null) last.isEnd = true;
   }
-  if (node === active && choice.index === 0) byId("facts").textContent = facts(node);
+  if (isShown(node)) answer.canFork = Boolean(tree.head(node).promptIds);
+  if (isShown(node)) byId("facts").textContent = facts(node);
 }
 
 // Tokens of a chunk with their candidates; texts come from the chunk. Prompt tokens of an echo come first, marked.
@@ -292,7 +298,7 @@ function activate(node) {
   refresh();
 }
 
-function refresh() {
+function refresh({ keepTokens = false } = {}) {
   const isChat = mode === "chat";
   byId("run").disabled = Boolean(running);
   byId("stop").disabled = !running;
@@ -301,7 +307,8 @@ function refresh() {
   byId("caret").hidden = !running || !running.nodes.includes(active);
   showPrompt(active);
   const tokens = active ? tree.path(active) : [];
-  answer.show(tokens, active ? tree.marks(active) : [], { canFork: Boolean(active && tree.head(active).promptIds) });
+  if (!keepTokens) answer.show(tokens, active ? tree.marks(active) : []);
+  answer.canFork = Boolean(active && tree.head(active).promptIds);
   byId("facts").textContent = active ? facts(active) : "";
   const hasLogprobs = tokens.some((token) => token.lp !== null);
   byId("hint").textContent = !active ? t("hintStart") : running && !tokens.length ? t("working") : t(hasLogprobs || !tokens.length ? "hintTokens" : "hintPlain");
