@@ -246,6 +246,7 @@ class Driver:
         assert self.scheduler.counts().num_kv_blocks_used == pool.num_held
         references = Counter(block_id for sequence in holders for block_id in sequence.blocks.block_ids)
         assert len(references) == pool.num_held
+        assert sum(count > 1 for count in references.values()) == pool.num_shared
         assert all(pool.ref_count(block_id) == count for block_id, count in references.items())
         shared = {block_id for block_id, count in references.items() if count > 1}
         if shared:
