@@ -114,14 +114,14 @@ def stream_reply(whole: type[msgspec.Struct], chunk: type[msgspec.Struct]) -> Re
     replies = json_reply(whole, GENERATION_ERRORS)
     replies[200]["description"] = f"The answer; with `stream: true` as server-sent events of {chunk.__name__}."
     replies[200]["headers"] |= _GENERATION_HEADERS
-    replies[200]["content"]["text/event-stream"] = {
-        "schema": {
-            "type": "string",
-            "description": "Each event is a line `data: JSON` and an empty line; lines that begin with a colon are "
-            "comments. A failure after the first byte is an event with an ErrorBody. The last event is `data: [DONE]`.",
-            "x-event-data": {"oneOf": [_ref(chunk), _ref(ErrorBody)]},
-        }
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"oneOf": [_ref(chunk), _ref(ErrorBody)]},
+        "description": "A failure after the first byte is an ErrorBody. The last event is `[DONE]`.",
     }
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"], "description": "One event."}
+    replies[200]["content"]["text/event-stream"] = {"schema": event}
     return replies
 
 

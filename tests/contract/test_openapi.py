@@ -53,7 +53,7 @@ def check(response: httpx.Response, path: str, method: str = "post") -> None:
         assert name in response.headers or not header.get("required"), name
     if media_type == "text/event-stream":
         for event in chunks_of(response.text):
-            assert problems(event, content["schema"]["x-event-data"], SCHEMAS) == []
+            assert problems(event, content["schema"]["properties"]["data"]["contentSchema"], SCHEMAS) == []
     elif media_type == "application/json":
         assert problems(response.json(), content["schema"], SCHEMAS) == []
 
