@@ -1,5 +1,6 @@
 """Finding, building and refusing the kernels: each failure is one clause with a remedy."""
 
+import ctypes
 import logging
 import os
 import subprocess
@@ -22,6 +23,16 @@ def cpuinfo(folder: Path, text: str) -> Path:
     path = folder / "cpuinfo"
     path.write_text(text)
     return path
+
+
+@pytest.fixture
+def small_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One function in place of the kernels, so that building takes no time, and no prebuilt library."""
+    sources = tmp_path / "src"
+    sources.mkdir()
+    (sources / "one.c").write_text("int one(void) { return 1; }\n")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "lib")
 
 
 def test_the_best_level_of_the_cpu_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,24 +61,33 @@ def test_a_cpu_that_cannot_says_what_is_missing(
     assert reason in refused.value.reason
 
 
+@pytest.mark.usefixtures("small_source")
 def test_building_keeps_the_library_and_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     level = choose_level(forced="avx2")
-    if (build.PREBUILT / build.library_name(level)).is_file():
-        pytest.skip("lib/ holds prebuilt kernels: nothing is built here")
     with caplog.at_level(logging.WARNING):
         first = build.find_or_build(level, cache=tmp_path / "new")
         again = build.find_or_build(level, cache=tmp_path / "new", compiler="/does/not/exist")
     assert first == again == tmp_path / "new" / build.library_name(level)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert list((tmp_path / "new").iterdir()) == [first]
-    Library(first)
+    assert ctypes.CDLL(str(first)).one() == 1
 
 
+@pytest.mark.usefixtures("small_source")
+def test_a_prebuilt_library_is_taken_while_its_sources_are_the_same(tmp_path: Path) -> None:
+    level = LEVELS[-1]
+    prebuilt = build.build(level, build.PREBUILT)
+    assert build.find_or_build(level, cache=tmp_path / "new", compiler="/does/not/exist") == prebuilt
+    (build.SOURCES / "one.c").write_text("int one(void) { return 2; }\n")
+    with pytest.raises(TierUnavailable, match="did not run"):
+        build.find_or_build(level, cache=tmp_path / "new", compiler="/does/not/exist")
+
+
+@pytest.mark.usefixtures("small_source")
 def test_a_place_that_cannot_be_written_builds_for_this_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     level = choose_level(forced="avx2")
-    monkeypatch.setattr(build, "PREBUILT", tmp_path / "none")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     taken = tmp_path / "file"
     taken.touch()

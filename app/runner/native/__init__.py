@@ -4,6 +4,18 @@
 shape: a row's tokens depend on nothing that shares its batch, on no chunking, cache hit or thread count.
 """
 
-from app.runner.native.load import load
+from typing import TYPE_CHECKING
+
+from app.core.config import EngineConfig
+
+if TYPE_CHECKING:
+    from app.runner.native.runner import NativeRunner
 
 __all__ = ["load"]
+
+
+def load(config: EngineConfig) -> "NativeRunner":
+    """Load the model for this tier. Raises TierUnavailable, or ConfigurationError where no tier can serve it."""
+    from app.runner.native.loader import load as load_model  # numpy and all: `python -m ...build` needs none of it
+
+    return load_model(config)
