@@ -48,8 +48,8 @@ class StepTimes:
 class StallWatch:
     """Accuses an engine whose page has not changed for too long while it should have.
 
-    It should while it loads or steps, while it says that it is idle although sequences wait, and always where it
-    was stopped.
+    It should while it loads or steps, while it says that it is idle although sequences wait or its Ready has not
+    come, and always where it was stopped.
     """
 
     def __init__(self, supervision: Supervision) -> None:
@@ -89,14 +89,16 @@ class StallWatch:
         page = None if progress is None else (progress.phase, progress.step_id, progress.written_ns)
         elapsed = 0.0 if self._last_look is None else now - self._last_look
         self._last_look = now
-        if page != self._last_page or not (is_stopped or _should_change(progress, has_live=has_live)):
+        has_work = has_live or not is_ready
+        if page != self._last_page or not (is_stopped or _should_change(progress, has_work=has_work)):
             self._last_page = page
             self.stalled_seconds = 0.0
             return None
         # Its own sleep, where a server was stopped as a whole and goes on, the watcher does not hold against others.
         awake = min(elapsed, 2 * self._supervision.tick_seconds)
         self.stalled_seconds += max(0.0, awake - starved_seconds)
-        self._limit = self.limit(progress) if is_ready else self._supervision.load_seconds
+        is_loading = not is_ready and (progress is None or progress.phase is not EnginePhase.IDLE)
+        self._limit = self._supervision.load_seconds if is_loading else self.limit(progress)
         if self.stalled_seconds <= self._limit:
             return None
         doing = "be at work" if progress is None else _DOING[progress.phase]
@@ -106,13 +108,13 @@ class StallWatch:
 _DOING = {
     EnginePhase.UNBORN: "start",
     EnginePhase.LOADING: "load",
-    EnginePhase.IDLE: "ignore its requests",
+    EnginePhase.IDLE: "be idle although there is work",
     EnginePhase.STEPPING: "compute one step",
     EnginePhase.BLOCKED: "wait for us",
 }
 
 
-def _should_change(progress: Progress | None, *, has_live: bool) -> bool:
+def _should_change(progress: Progress | None, *, has_work: bool) -> bool:
     if progress is None or progress.phase is not EnginePhase.IDLE:
         return progress is None or progress.phase is not EnginePhase.BLOCKED
-    return has_live
+    return has_work

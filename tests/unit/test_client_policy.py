@@ -140,6 +140,10 @@ class TestStallWatch:
     def test_loading_has_its_own_limit(self, phase: EnginePhase) -> None:
         assert first_accusation(StallWatch(SUPERVISION), page(phase), is_ready=False) == 601
 
+    def test_an_engine_that_has_loaded_and_does_not_say_so_is_a_hang(self) -> None:
+        watch = StallWatch(SUPERVISION)
+        assert first_accusation(watch, page(EnginePhase.IDLE), is_ready=False, has_live=False) == 11
+
     def test_idle_is_fine_unless_sequences_wait_and_blocked_is_fine(self) -> None:
         assert first_accusation(StallWatch(SUPERVISION), page(EnginePhase.IDLE), has_live=False) == -1
         assert first_accusation(StallWatch(SUPERVISION), page(EnginePhase.IDLE)) == 11
