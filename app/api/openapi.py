@@ -5,6 +5,7 @@ have, the events of streams. `scripts/describe_api.py` prints the document; docs
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -65,17 +66,20 @@ GENERATION_ERRORS: tuple[type[Exception], ...] = (*BODY_ERRORS, EngineFailed)
 OPEN: dict[str, Any] = {"security": []}
 """`openapi_extra` of a route that needs no key."""
 
-_DESCRIPTIONS: Mapping[int, str] = {
-    400: "The request is wrong; `error.param` names the field.",
-    401: "No API key, or an unknown one. Only where the server has keys.",
-    404: "No such model.",
-    408: "The body did not arrive in time.",
-    413: "The body is too large.",
-    415: "The body is not JSON, or is compressed.",
-    429: "Too much is in flight.",
-    500: "The server failed this request.",
-    503: "No engine takes requests now: it is starting, being replaced or draining.",
-}
+_DESCRIPTIONS: Mapping[type[Exception], str] = MappingProxyType(
+    {
+        InvalidRequest: "The request is wrong; `error.param` names the field.",
+        Unauthorized: "No API key, or an unknown one. Only where the server has keys.",
+        NotFound: "No such model.",
+        BodyTimeout: "The body did not arrive in time.",
+        BodyTooLarge: "The body is too large.",
+        UnsupportedMedia: "The body is not JSON, or is compressed.",
+        TooManyRequests: "Too much is in flight.",
+        EngineFailed: "The server failed this request.",
+        EngineUnavailable: "No engine takes requests now: it is starting, being replaced or draining.",
+    }
+)
+_PARAMETER_ERROR = "422"
 _REQUEST_ID = {"description": "Id of the request in the server's log.", "schema": {"type": "string"}}
 _RETRY_AFTER = {"description": "Seconds.", "required": True, "schema": {"type": "integer", "minimum": 1}}
 _GENERATION_HEADERS: Schema = {
@@ -104,8 +108,7 @@ def json_reply(
     if kind is not None:
         replies[200] = {"description": "OK", "headers": {"X-Request-Id": _REQUEST_ID}, "content": _json_of(kind)}
     for error in (*errors, *(() if is_open else (Unauthorized,))):
-        status = kind_of(error).status
-        replies[status] = error_reply(status)
+        replies[kind_of(error).status] = error_reply(error)
     return dict(sorted(replies.items()))
 
 
@@ -133,14 +136,14 @@ def status_reply(kind: type[msgspec.Struct]) -> Responses:
     return replies
 
 
-def error_reply(status: int) -> dict[str, Any]:
-    """One error response."""
+def error_reply(error: type[Exception]) -> dict[str, Any]:
+    """The response of one class of errors."""
     headers: dict[str, Any] = {"X-Request-Id": _REQUEST_ID}
-    if status == kind_of(TooManyRequests).status or status == kind_of(EngineUnavailable).status:
+    if error in (TooManyRequests, EngineUnavailable):
         headers["Retry-After"] = _RETRY_AFTER
-    if status == kind_of(Unauthorized).status:
+    if error is Unauthorized:
         headers["WWW-Authenticate"] = {"schema": {"enum": ["Bearer"]}}
-    return {"description": _DESCRIPTIONS[status], "headers": headers, "content": _json_of(ErrorBody)}
+    return {"description": _DESCRIPTIONS[error], "headers": headers, "content": _json_of(ErrorBody)}
 
 
 def add_schemas(app: FastAPI, *, unknown: UnknownFields | None = None) -> None:
@@ -155,7 +158,11 @@ def add_schemas(app: FastAPI, *, unknown: UnknownFields | None = None) -> None:
         for name, table in _TABLES:
             _add_table(schemas[name], table, table.unknown if unknown is None else unknown)
             schemas[name]["properties"]["logit_bias"]["anyOf"][0]["propertyNames"] = {"pattern": "^-?[0-9]{1,18}$"}
-        schemas["CompletionRequest"]["properties"]["prompt"] |= _prompt_schema()
+        schemas["CompletionRequest"]["properties"]["prompt"] = {
+            "description": schemas["CompletionRequest"]["properties"]["prompt"]["description"],
+            **_prompt_schema(),
+        }
+        schemas["TokenizeRequest"]["oneOf"] = _tokenize_schemas()
         document["components"] = {
             "schemas": dict(sorted(schemas.items())),
             "securitySchemes": {
@@ -192,12 +199,21 @@ def _prompt_schema() -> Schema:
     return {"anyOf": [text, ids, several]}
 
 
+def _tokenize_schemas() -> list[Schema]:
+    """A text or messages; what belongs to messages is null with a text."""
+    null: Schema = {"type": "null"}
+    of_messages = ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+    text = {"prompt": {"type": "string"}} | dict.fromkeys(of_messages, null)
+    messages = {"messages": {"type": "array"}, "prompt": null}
+    return [{"required": ["prompt"], "properties": text}, {"required": ["messages"], "properties": messages}]
+
+
 def _drop_foreign_answers(document: dict[str, Any]) -> None:
-    """FastAPI promises a 422 for parameters, which are a 400 here, and an empty 200 where we promise none."""
+    """FastAPI promises an answer of its own for parameters, and an empty 200 where we promise none."""
     for operations in document["paths"].values():
         for operation in operations.values():
             responses = operation["responses"]
-            responses.pop("422", None)
+            responses.pop(_PARAMETER_ERROR, None)
             if "content" not in responses.get("200", {"content": None}):
                 del responses["200"]
 

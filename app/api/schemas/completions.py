@@ -8,19 +8,20 @@ from app.api.schemas.generation import (
     GenerationRequest,
     LogprobCount,
     PromptLogprobs,
+    TokenId,
     Usage,
     check_generation,
 )
 from app.api.schemas.limits import DEFAULT_MAX_TOKENS, MAX_PROMPTS, MAX_SEQUENCES
 from app.core.errors import InvalidRequest
 
-Prompt = str | list[str | int | list[int]]
+Prompt = str | list[str | TokenId | list[TokenId]]
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     """Honoured fields of a completion request."""
 
-    prompt: Prompt | None = None
+    prompt: Prompt
     logprobs: LogprobCount | None = None
 
     @property
@@ -88,8 +89,6 @@ def check_completion(request: CompletionRequest) -> None:
 def prompt_list(request: CompletionRequest) -> list[str | list[int]]:
     """The request's prompts, each a text or token ids. Raises InvalidRequest where there is none or too many."""
     prompt = request.prompt
-    if prompt is None:
-        raise InvalidRequest("`prompt` is required: a string, strings, token ids or lists of ids.", param="prompt")
     prompts: list[str | list[int]] = [prompt] if isinstance(prompt, str) else _split_prompts(prompt)
     if not prompts or any(len(one) == 0 for one in prompts):
         raise InvalidRequest("`prompt` is empty: it must hold at least one token.", param="prompt")

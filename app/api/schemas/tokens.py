@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from app.api.schemas.chat import ChatMessage, Messages, TemplateKwargs, TemplateValue, check_continuation
+from app.api.schemas.generation import TokenId
 from app.core.errors import InvalidRequest
 
 
@@ -46,7 +47,7 @@ class TokenizeResponse(msgspec.Struct, frozen=True, kw_only=True):
 class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Token ids to turn into text."""
 
-    tokens: Annotated[list[int], Meta(max_length=1_000_000)]
+    tokens: Annotated[list[TokenId], Meta(max_length=1_000_000)]
     model: str | None = None
     return_token_strs: bool | None = None
 
