@@ -6,6 +6,7 @@ server runs at a time. What the results folder holds already is not measured aga
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -85,6 +86,8 @@ def run(options: Options, say: Callable[[str], None]) -> int:
     except (ValueError, ConfigurationError) as error:
         sys.stderr.write(f"loadtest: {error}\n")
         return 2
+    # The server under measurement must end with us.
+    signal.signal(signal.SIGTERM, _interrupt)
     comparison = Comparison(results, places, workloads, is_quick=options.quick, say=say)
     is_whole = comparison.run(peers, num_rounds)
     say(_report(results))
@@ -229,6 +232,10 @@ def _installed(peers: Sequence[Peer], places: Places, say: Callable[[str], None]
 def _prepare(peers: Sequence[Peer], model: ModelFolder, places: Places, say: Callable[[str], None]) -> None:
     if any("{gguf}" in part for peer in peers for part in peer.command):
         prepare_ggufs(model, places.peers, report=say)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _report(results: Results) -> str:

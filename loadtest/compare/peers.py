@@ -92,9 +92,7 @@ class Places(msgspec.Struct, frozen=True, kw_only=True):
         if peer.is_ours:
             return _own_version()
         command = [self.fill(part) for part in peer.version_command]
-        text = _output(command, self.environment(peer)) or ""
-        found = re.search(r"(?:version: )?(\d+(?:\.\d+)+\S*|\d{4,})", text)
-        return found.group(1) if found else "unknown"
+        return version_in(_output(command, self.environment(peer)) or "")
 
 
 def default_peers_dir(environment: Mapping[str, str]) -> Path:
@@ -106,6 +104,12 @@ def default_peers_dir(environment: Mapping[str, str]) -> Path:
 def peer_table() -> tuple[Peer, ...]:
     """All that can be compared, ours first."""
     return (*_headwater(), *_vllm(), *_llama(), _transformers())
+
+
+def version_in(text: str) -> str:
+    """The version in what a command printed. llama-server's stays the same for months: its build number counts."""
+    found = re.search(r"build (\d{3,})", text) or re.search(r"(\d+(?:\.\d+)+\S*)", text)
+    return found.group(1) if found else "unknown"
 
 
 def shown_command(peer: Peer) -> str:

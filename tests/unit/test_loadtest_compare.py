@@ -10,7 +10,7 @@ import pytest
 
 from loadtest.compare import command
 from loadtest.compare.measure import MAX_ATTEMPTS, Label, Measurement, measure, needs_another, num_short, settle
-from loadtest.compare.peers import Peer, Places, default_peers_dir, peer_table, shown_command
+from loadtest.compare.peers import Peer, Places, default_peers_dir, peer_table, shown_command, version_in
 from loadtest.compare.plot import draw
 from loadtest.compare.probe import MOVED_LIMIT, Peaks, moved
 from loadtest.compare.probe import measure as measure_peaks
@@ -240,6 +240,13 @@ def test_a_peer_that_is_not_installed_is_skipped_with_a_line(tmp_path: Path) -> 
     found = command._installed(peer_table(), places, said.append)
     assert {peer.name for peer in found} == {"headwater-bf16", "headwater-int8", "headwater-any"}
     assert any(text.startswith("llama-bf16: skipped, no ") and "docs/benchmarks.md" in text for text in said)
+
+
+def test_versions_are_found_in_what_commands_print() -> None:
+    assert version_in("version: 0.6.0-dev (build 11434, commit unknown)\nbuilt with GNU 12.2.0") == "11434"
+    assert version_in("version: 0.6.0-dev (build 0, commit unknown)") == "0.6.0-dev"
+    assert version_in("WARNING\n0.32.0\n") == "0.32.0"
+    assert version_in("") == "unknown"
 
 
 def test_the_peers_folder_is_named_by_a_variable() -> None:
