@@ -303,3 +303,26 @@ def test_embeddings_are_refused_in_words(chat: FakeServer) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         chat.client.embeddings.create(model=MODEL, input="x")
     assert refused.value.code == "not_an_embedding_model" and MODEL in str(refused.value)
+
+
+def test_answers_pass_the_clients_strict_validation(chat: FakeServer) -> None:
+    with openai.OpenAI(
+        base_url=f"{chat.url}/v1", api_key="none", max_retries=0, _strict_response_validation=True
+    ) as client:
+        messages: list[Any] = [{"role": "user", "content": "Hi"}]
+        answer = client.chat.completions.create(model=MODEL, messages=messages, n=2, logprobs=True, top_logprobs=2)
+        assert [choice.index for choice in answer.choices] == [0, 1]
+        with client.chat.completions.stream(model=MODEL, messages=messages, logprobs=True) as events:
+            kinds = {event.type for event in events}
+            final = events.get_final_completion()
+        assert {"chunk", "content.delta", "content.done"} <= kinds
+        assert final.choices[0].message.content == TEXT and final.choices[0].finish_reason == "stop"
+
+
+def test_samples_are_streamed_side_by_side(chat: FakeServer) -> None:
+    chunks = stream(chat, n=3, max_tokens=5, seed=7)
+    for index in range(3):
+        parts = [one for chunk in chunks for one in chunk["choices"] if one["index"] == index]
+        assert [part["delta"].get("role") for part in parts] == ["assistant"] + [None] * 5
+    assert all(len(chunk["choices"]) == 1 for chunk in chunks)
+    assert len({request.params.seed for request in chat.engine.requests}) == 3

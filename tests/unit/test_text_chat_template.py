@@ -290,3 +290,36 @@ def test_output_is_bounded_in_size_and_time() -> None:
 def test_arguments_cannot_replace_the_messages() -> None:
     with pytest.raises(InvalidRequest, match="'messages'"):
         _render(ChatTemplate({"default": ""}, special_tokens={}), messages=[])
+
+
+@pytest.mark.parametrize("content", ["It is", "It is  ", "你好 🌍", "Line\n\n", " "])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_final_message_is_continued_as_in_transformers(name: str, content: str) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    template = ChatTemplate({"default": TEMPLATES[name]}, special_tokens=SPECIAL)
+    try:
+        expected = _reference(TEMPLATES[name], messages, continue_final_message=True)
+    except Exception:
+        return  # transformers gives up where the template trimmed all of the message away
+    assert template.render(messages, add_generation_prompt=False, continue_final_message=True) == expected
+
+
+def test_only_a_message_with_text_can_be_continued() -> None:
+    template = ChatTemplate({"default": "{{ messages[0].content }}"}, special_tokens=SPECIAL)
+    for messages in (
+        [{"role": "assistant", "content": None}],
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": "never shown"}],
+    ):
+        with pytest.raises(InvalidRequest):
+            template.render(messages, add_generation_prompt=False, continue_final_message=True)
+
+
+def test_the_variables_that_a_template_reads() -> None:
+    source = (
+        "{{ bos_token }}{% set ns = namespace(x=1) %}{% for m in messages %}{{ m.role }}{{ loop.index }}{% endfor %}"
+        "{% if enable_thinking is defined and tools %}{{ strftime_now(date_format) }}{% endif %}{{ documents }}"
+    )
+    template = ChatTemplate({"default": source, "tool_use": "{{ of_tools }}"}, special_tokens=SPECIAL)
+    assert template.variables == {"enable_thinking", "date_format", "of_tools"}
+    assert not template.knows_developer
+    assert ChatTemplate({"default": "{{ messages['developer'] }}"}, special_tokens={}).knows_developer
