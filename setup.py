@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent
 MODELS = "models"
 MODELS_IN_WHEEL = Path("app", "store", "models")
 # The oldest C library that the kernels are built against; empty: the name of the machine at hand.
+IGNORED = shutil.ignore_patterns("__pycache__", "corpus", "data", "run")
 PLATFORM_TAG = os.environ.get("HEADWATER_PLATFORM_TAG", "")
 
 
@@ -40,7 +41,7 @@ class BuildWithModels(build_py):
         if self.editable_mode:
             return
         target = Path(self.build_lib) / MODELS_IN_WHEEL
-        shutil.copytree(ROOT / MODELS, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / MODELS, target, dirs_exist_ok=True, ignore=IGNORED)
 
 
 class KernelWheel(bdist_wheel):

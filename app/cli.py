@@ -9,6 +9,7 @@ from app import __version__
 from app.console import answer, remark
 from app.core.errors import ConfigurationError
 from app.terminal.commands import register as register_terminal
+from app.training.commands import register as register_training
 
 if TYPE_CHECKING:
     from app.settings import Settings
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("list", help="list the catalogue and what is in the cache").set_defaults(command=_list)
     register_terminal(commands)
+    register_training(commands)
     return parser
 
 

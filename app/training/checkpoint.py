@@ -1,0 +1,109 @@
+"""Checkpoints: `checkpoints/step-NNNNNN/`, each whole or not there, the last few kept.
+
+A checkpoint is written beside its place, synced, and renamed into it; older ones are deleted afterwards. A full disk
+or a kill at any moment leaves the last good one. Tensors are safetensors, the rest JSON: nothing is pickled.
+"""
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from app.core.errors import ConfigurationError
+
+_NAME = re.compile(r"step-(\d{6,})")
+_STATE, _WEIGHTS, _MOMENTS, _RANDOM = "state.json", "weights.safetensors", "moments.safetensors", "random.safetensors"
+
+
+class CheckpointState(msgspec.Struct, frozen=True, kw_only=True):
+    """What is no tensor."""
+
+    step: int
+    """Steps done."""
+    seconds: float
+    """Of training, over all runs."""
+    recipe: msgspec.Raw
+    tokenizer_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Everything that the next step depends on."""
+
+    state: CheckpointState
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    random_state: Tensor
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write one, then delete the oldest beyond `keep`. Raises OSError with every earlier one as it was."""
+    target = folder / f"step-{checkpoint.state.step:06d}"
+    draft = folder / f".draft-{target.name}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        _save_tensors(checkpoint.weights, draft / _WEIGHTS)
+        _save_tensors(checkpoint.moments, draft / _MOMENTS)
+        _save_tensors({"random_state": checkpoint.random_state}, draft / _RANDOM)
+        (draft / _STATE).write_bytes(msgspec.json.encode(checkpoint.state))
+        _sync(draft)
+        shutil.rmtree(target, ignore_errors=True)
+        draft.rename(target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    for _, old in _checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest one, None where there is none."""
+    found = _checkpoints(folder)
+    return found[-1][1] if found else None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one back.
+
+    Raises:
+        ConfigurationError: a file of it is damaged.
+    """
+    try:
+        return Checkpoint(
+            state=msgspec.json.decode((path / _STATE).read_bytes(), type=CheckpointState),
+            weights=load_file(path / _WEIGHTS),
+            moments=load_file(path / _MOMENTS),
+            random_state=load_file(path / _RANDOM)["random_state"],
+        )
+    except (OSError, SafetensorError, msgspec.DecodeError, KeyError) as error:
+        raise ConfigurationError(
+            f"the checkpoint {path} is damaged: {error}; delete it to go on from an older one"
+        ) from error
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    matches = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # how the library tells a full disk
+        raise OSError(str(error)) from error
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
