@@ -297,10 +297,7 @@ def test_arguments_cannot_replace_the_messages() -> None:
 def test_a_final_message_is_continued_as_in_transformers(name: str, content: str) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
     template = ChatTemplate({"default": TEMPLATES[name]}, special_tokens=SPECIAL)
-    try:
-        expected = _reference(TEMPLATES[name], messages, continue_final_message=True)
-    except Exception:
-        return  # transformers gives up where the template trimmed all of the message away
+    expected = _reference(TEMPLATES[name], messages, continue_final_message=True)
     assert template.render(messages, add_generation_prompt=False, continue_final_message=True) == expected
 
 
