@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -9,6 +10,7 @@ import msgspec
 from app.core.config import EngineConfig
 from app.core.errors import ConfigurationError
 from app.core.types import EngineLimits
+from app.grammar.constraints import Constraints
 from app.runner.base import ModelRunner, RunnerInfo
 from app.runner.choose import load_runner
 from app.scheduler import Scheduler, SchedulerConfig
@@ -20,6 +22,12 @@ class Engine(msgspec.Struct, frozen=True):
     runner: ModelRunner
     scheduler: Scheduler
     limits: EngineLimits
+    model_dir: Path
+
+    def grammars(self, wake: Callable[[], None]) -> Constraints:
+        """The grammars of its sequences; `wake` ends the loop's wait, from any thread."""
+        limits = self.limits
+        return Constraints(self.model_dir, vocab_size=limits.vocab_size, eos_token_ids=limits.eos_token_ids, wake=wake)
 
 
 def build_engine(config: EngineConfig) -> Engine:
@@ -31,7 +39,7 @@ def build_engine(config: EngineConfig) -> Engine:
     runner = load_runner(msgspec.structs.replace(config, eos_token_ids=eos_token_ids))
     scheduler_config = _scheduler_config(config, runner.info, eos_token_ids=eos_token_ids)
     limits = _limits(scheduler_config, runner.info, load_seconds=time.monotonic() - began)
-    return Engine(runner, Scheduler(scheduler_config), limits)
+    return Engine(runner, Scheduler(scheduler_config), limits, Path(config.model_dir))
 
 
 def read_eos_token_ids(model_dir: Path) -> tuple[int, ...]:
@@ -57,6 +65,7 @@ def _scheduler_config(config: EngineConfig, info: RunnerInfo, *, eos_token_ids: 
         max_model_len=info.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
+        min_prefill_tokens=info.block_size,
         vocab_size=info.vocab_size,
         eos_token_ids=eos_token_ids,
         enable_prefix_caching=config.enable_prefix_caching,

@@ -17,6 +17,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Rows of the runner: sequences that run at once."""
     max_num_batched_tokens: int
     """Token budget of one step."""
+    min_prefill_tokens: int = 0
+    """Room for prefill beside the running rows in every step, at the budget's cost, so that many rows that
+    decode never keep one another waiting, nor a new prompt for ever. 0: the budget is strict."""
     vocab_size: int
     eos_token_ids: tuple[int, ...] = ()
     enable_prefix_caching: bool = True

@@ -139,7 +139,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next step's work, or None where there is nothing to compute now."""
-        step = Step(self._config.max_num_batched_tokens)
+        step = Step(self._budget())
         for is_lone in self._probation.turns():
             if is_lone:
                 self._continue_trial(step, now)
@@ -238,6 +238,10 @@ class Scheduler:
             probation.trial = sequence
             return sequence
         return None
+
+    def _budget(self) -> int:
+        budget, min_prefill_tokens = self._config.max_num_batched_tokens, self._config.min_prefill_tokens
+        return max(budget, len(self._running) + min_prefill_tokens) if min_prefill_tokens else budget
 
     def _continue_running(self, step: Step) -> None:
         running = self._running

@@ -22,6 +22,7 @@ def make_config(
     max_model_len: int = 48,
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 16,
+    min_prefill_tokens: int = 0,
     vocab_size: int = 50,
     eos_token_ids: tuple[int, ...] = (0,),
     enable_prefix_caching: bool = True,
@@ -33,6 +34,7 @@ def make_config(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        min_prefill_tokens=min_prefill_tokens,
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
         enable_prefix_caching=enable_prefix_caching,
@@ -109,6 +111,7 @@ class Driver:
     def step(self) -> StepPlan | None:
         """Plan a step, and finish the oldest one in flight where that is due. Returns the plan."""
         oldest = self.scheduler._running[:1]
+        num_running = len(self.scheduler._running)
         num_preemptions = self.scheduler.counts().total_preemptions
         plan = self.scheduler.schedule(0.0)
         if plan is not None and self.scheduler.counts().total_preemptions > num_preemptions:
@@ -117,6 +120,7 @@ class Driver:
         if plan is None:
             assert self._in_flight or not self.scheduler.has_work, "sequences are live and nothing is planned"
         else:
+            assert plan.num_tokens <= self._most_tokens(num_running)
             self._check_plan(plan)
             plan = self._with_drafts(plan) if self._draft else plan
             self._in_flight.append((plan, self.runner.forward(plan)))
@@ -179,8 +183,13 @@ class Driver:
         assert tuple(answer.prompt_logprobs) == expected.prompt_logprobs
         assert (output.finish_reason, output.stop_token_id) == (expected.finish_reason, expected.stop_token_id)
 
+    def _most_tokens(self, num_running: int) -> int:
+        """The budget, stretched where the rows that ran before the step leave no room for prefill."""
+        budget, min_prefill_tokens = self.config.max_num_batched_tokens, self.config.min_prefill_tokens
+        return max(budget, num_running + min_prefill_tokens) if min_prefill_tokens else budget
+
     def _check_plan(self, plan: StepPlan) -> None:
-        assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens
+        assert plan.num_tokens > 0
         assert all(entry.token_ids for entry in plan.entries)
         rows = [entry.row for entry in plan.entries]
         assert len(set(rows)) == len(rows), "a sequence twice in one step"

@@ -28,6 +28,7 @@ def random_config(rng: random.Random) -> SchedulerConfig:
         max_model_len=rng.randint(16, 100),
         max_num_seqs=rng.randint(6, 16) if rng.random() < 0.8 else rng.randint(1, 5),
         max_num_batched_tokens=rng.choice([12, 24, 48, 100]) if rng.random() < 0.9 else rng.randint(1, 4),
+        min_prefill_tokens=rng.choice([0, 0, 1, block_size]),
         vocab_size=VOCAB_SIZE,
         eos_token_ids=EOS_TOKEN_IDS,
         enable_prefix_caching=rng.random() < 0.8,

@@ -53,6 +53,19 @@ def test_running_sequences_come_first_and_prefill_takes_what_they_leave() -> Non
     assert [lengths(planned(driver)) for _ in range(4)] == [[1, 15], [1, 15], [1, 10], [1, 1]]
 
 
+def test_many_decoding_rows_all_move_in_each_step_and_leave_room_for_prefill() -> None:
+    config = make_config(
+        num_kv_blocks=64, max_num_seqs=9, max_num_batched_tokens=4, min_prefill_tokens=2, eos_token_ids=()
+    )
+    driver = Driver(config)
+    for index in range(8):
+        driver.add(make_request(f"r{index}", [index + 1], max_tokens=30))
+    while len(driver.scheduler._running) < 8:
+        planned(driver)
+    driver.add(make_request("new", range(10, 15), max_tokens=2))
+    assert [lengths(planned(driver)) for _ in range(3)] == [[1] * 8 + [2], [1] * 8 + [3], [1] * 9]
+
+
 def test_no_more_sequences_run_than_there_are_rows() -> None:
     driver = Driver(ROOMY)
     for index in range(6):
