@@ -1,4 +1,4 @@
-"""The engine's loop: take messages, schedule, forward, sample, apply, send.
+"""The engine's loop: take messages, schedule, forward, mask, sample, apply, send.
 
 One thread. A row that fails ends alone (`RowResult.error`); an exception of the runner or the scheduler
 leaves here and ends the process, because nobody knows what state it left behind: the engine is
@@ -30,6 +30,7 @@ class EngineLoop:
     def __init__(self, engine: Engine, *, generation: int, channel: EngineEnd, progress: ProgressWriter) -> None:
         self._runner = engine.runner
         self._scheduler = engine.scheduler
+        self._grammars = engine.grammars(channel.wake)
         self._num_kv_blocks = engine.limits.num_kv_blocks
         self._generation = generation
         self._channel = channel
@@ -51,6 +52,7 @@ class EngineLoop:
         wait = 0.0
         while True:
             ended = self._take_messages(wait)
+            ended += self._take_prepared()
             plan = self._scheduler.schedule(time.monotonic())
             if plan is not None:
                 self._step(plan, ended)
@@ -63,9 +65,11 @@ class EngineLoop:
         self._last_step_id = plan.step_id
         self._progress.begin_step(plan.step_id, num_tokens=plan.num_tokens, request_keys=self._keys(plan))
         forward = self._runner.forward(plan)
-        result = self._runner.sample(plan, forward)
+        result = self._runner.sample(plan, forward, self._grammars.masks(plan))
+        result = self._grammars.accept(plan, result)
         now = time.monotonic()
         outputs = self._scheduler.apply(plan, result, now)
+        self._grammars.forget(output.request_id for output in outputs if output.finish_reason is not None)
         self._send((*ended, *outputs), work=count_work(plan, now - began))
 
     def _send(self, outputs: Sequence[EngineOutput], *, work: StepWork) -> None:
@@ -93,13 +97,28 @@ class EngineLoop:
             match message:
                 case Add(requests):
                     now = time.monotonic()
-                    ended += [output for request in requests if (output := self._scheduler.add(request, now))]
+                    for request in requests:
+                        if output := self._scheduler.add(request, now):
+                            ended.append(output)
+                        else:
+                            self._grammars.begin(request)
                 case Abort(request_ids):
                     self._scheduler.abort(request_ids)
+                    self._grammars.forget(request_ids)
                 case Start():
                     raise FrameError("a second start message")
                 case _:
                     assert_never(message)
+        return ended
+
+    def _take_prepared(self) -> list[EngineOutput]:
+        """Let sequences go whose grammar is ready; returns the ends of those whose grammar failed."""
+        ended: list[EngineOutput] = []
+        for prepared in self._grammars.take_prepared():
+            if prepared.error is None:
+                self._scheduler.admit_prepared(prepared.request_id)
+            elif output := self._scheduler.refuse_prepared(prepared.request_id, prepared.error):
+                ended.append(output)
         return ended
 
     def _keys(self, plan: StepPlan) -> list[int]:

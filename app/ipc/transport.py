@@ -9,6 +9,7 @@ nobody guesses where the next frame begins.
 """
 
 import asyncio
+import os
 import select
 import socket
 import struct
@@ -103,7 +104,7 @@ class ApiEnd:
 
 
 class EngineEnd:
-    """The engine's end. One thread calls it, between steps; `watch_for_close` starts the only other one."""
+    """The engine's end. One thread calls it, between steps; others may only `wake` it."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -112,6 +113,14 @@ class EngineEnd:
         self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
         self._backlog: deque[memoryview] = deque()
         self._backlog_bytes = 0
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def __del__(self) -> None:
+        os.close(self._wake_fd)
+
+    def wake(self) -> None:
+        """End a wait in `receive`, or the next one where none is under way. Any thread may call it."""
+        os.eventfd_write(self._wake_fd, 1)
 
     @property
     def backlog_bytes(self) -> int:
@@ -121,13 +130,13 @@ class EngineEnd:
     def receive(self, timeout: float | None = 0.0) -> list[ToEngine]:
         """What has arrived, waiting up to `timeout` seconds for the first message (None: for ever).
 
-        Waiting also ends when the kernel took a part of the backlog. Raises FrameError for
+        Waiting also ends when the kernel took a part of the backlog, and by `wake`. Raises FrameError for
         what is no message and ConnectionError when the API process has closed its end.
         """
         self.flush()
         if timeout != 0.0:
             writable = select.POLLOUT if self._backlog else 0
-            self._poll(select.POLLIN | writable, timeout=timeout)
+            self._poll(select.POLLIN | writable, timeout=timeout, takes_wakes=True)
             self.flush()
         messages: list[ToEngine] = []
         while data := self._receive_bytes():
@@ -173,10 +182,14 @@ class EngineEnd:
 
         threading.Thread(target=watch, name="watch-socket", daemon=True).start()
 
-    def _poll(self, events: int, *, timeout: float | None) -> None:
+    def _poll(self, events: int, *, timeout: float | None, takes_wakes: bool = False) -> None:
         poller = select.poll()
         poller.register(self._socket, events)
-        poller.poll(None if timeout is None else max(0.0, timeout) * 1000)
+        if takes_wakes:
+            poller.register(self._wake_fd, select.POLLIN)
+        ready = poller.poll(None if timeout is None else max(0.0, timeout) * 1000)
+        if any(fd == self._wake_fd for fd, _ in ready):
+            os.eventfd_read(self._wake_fd)
 
     def _receive_bytes(self) -> bytes | None:
         try:
