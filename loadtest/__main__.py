@@ -1,4 +1,4 @@
-"""`python -m loadtest run | compare`: loads a server, or several in turn, and reports what clients saw."""
+"""`python -m loadtest run | compare | faults`: loads a server, or several in turn, and reports what clients saw."""
 
 import argparse
 import asyncio
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from loadtest.compare import command as compare
+from loadtest.faults import command as faults
 from loadtest.record import RequestRecord
 from loadtest.report import show, write
 from loadtest.run import RunConfig, RunResult, run_load
@@ -24,6 +25,8 @@ API_KEY_VARIABLE = "OPENAI_API_KEY"
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: every request completed; 1: some did not; 2: the settings cannot be run."""
     options = vars(_parser().parse_args(arguments))
+    if options["command"] == "faults":
+        return _faults(options)
     command, output = options.pop("command"), options["output"]
     if command == "compare":
         return _compare(options)
@@ -42,6 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write(result, output)
         Console().print(f"Written to {output}", markup=False)
     return 0 if result.summary.completed == config.num_requests else 1
+
+
+def _faults(options: dict[str, object]) -> int:
+    try:
+        return faults.run(msgspec.convert(options, faults.Options), lambda text: Console().print(text, markup=False))
+    except KeyboardInterrupt:
+        return 130
 
 
 def _compare(options: dict[str, object]) -> int:
@@ -84,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtest", description="Loads OpenAI-compatible servers.")
     commands = parser.add_subparsers(dest="command", required=True)
     compare.add_parser(commands)
+    faults.add_parser(commands)
     run = commands.add_parser(
         "run",
         help="send requests and report latency, throughput and goodput",

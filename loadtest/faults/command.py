@@ -1,0 +1,149 @@
+"""`python -m loadtest faults [ITEM ...] [--minutes N]`: bounded, and additive: each run appends its trials."""
+
+import argparse
+import asyncio
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from loadtest.faults.aborts import run_aborts
+from loadtest.faults.kills import run_kills
+from loadtest.faults.ledger import RESULTS, Ledger, read
+from loadtest.faults.matrix import cells, run_matrix
+from loadtest.faults.poison import run_poison
+from loadtest.faults.report import AIMED_TRIALS, PAGE, render
+from loadtest.faults.server import default_settings, scripted_settings
+from loadtest.faults.streams import scripted_bodies, text_bodies
+from loadtest.faulty_engine import Kind, Phase
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+NUM_STREAMS = 64
+MATRIX_PART = 24
+"""Cells between two looks at the clock."""
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the command line."""
+
+    items: list[str]
+    minutes: float
+    machine: str | None
+    results: Path
+    page: Path
+    seed: int | None
+
+
+def add_parser(commands: "Commands") -> None:
+    """The subcommand's flags."""
+    parser = commands.add_parser(
+        "faults",
+        help="inject faults into a server of our own and count what clients saw",
+        description="Starts its own servers on loopback, appends to the results and renews the page.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("items", nargs="*", metavar="ITEM", help=f"of {', '.join(ITEMS)}; none: all")
+    parser.add_argument("--minutes", type=float, default=15.0, help="for all items together")
+    parser.add_argument("--machine", help="how the results name this machine; default: cores and processor")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="trials are appended here")
+    parser.add_argument("--page", type=Path, default=PAGE, help="written from all results")
+    parser.add_argument("--seed", type=int, help="of random moments; default: another one each time")
+
+
+def run(options: Options, say: Callable[[str], None]) -> int:
+    """0: nothing was wrong in this run; 1: something was; 2: an item that does not exist."""
+    logging.disable(logging.CRITICAL)  # thousands of deaths on purpose
+    ledger = Ledger(options.results, machine=options.machine)
+    items = options.items or list(ITEMS)
+    if unknown := [item for item in items if item not in ITEMS]:
+        say(f"there is no item {unknown[0]!r}; there are: {', '.join(ITEMS)}")
+        return 2
+    seed = random.randrange(1 << 30) if options.seed is None else options.seed
+    share = options.minutes * 60 / sum(ITEMS[item][1] for item in items)
+    for item in items:
+        work, weight = ITEMS[item]
+        began, before = time.monotonic(), len(ledger.added)
+        asyncio.run(work(ledger, share * weight, seed))
+        outcomes: Counter[str] = Counter()
+        for trial in ledger.added[before:]:
+            outcomes[trial.outcome.value] += trial.count
+        say(f"{item}: {dict(outcomes)} in {time.monotonic() - began:.0f} s")
+    options.page.write_text(render(read(options.results)))
+    say(f"Appended to {options.results}, written {options.page}")
+    return 1 if ledger.num_wrong else 0
+
+
+async def _matrix(ledger: Ledger, seconds: float, seed: int) -> None:
+    """The cells with the fewest trials so far come first, until the time or the plan is done."""
+    deadline = time.monotonic() + seconds
+    done = Counter(trial.cell for trial in read() if trial.item == "matrix")
+    rng = random.Random(seed)
+    while time.monotonic() < deadline:
+        chosen = sorted(cells(), key=lambda cell: (done[" x ".join(cell)], rng.random()))[:MATRIX_PART]
+        if done[" x ".join(chosen[0])] >= AIMED_TRIALS:
+            return
+        await run_matrix(ledger, chosen)
+        done.update(" x ".join(cell) for cell in chosen)
+
+
+async def _kills(ledger: Ledger, seconds: float, seed: int) -> None:
+    await run_kills(
+        scripted_settings(step_seconds=0.02),
+        scripted_bodies(NUM_STREAMS + 8, max_tokens=150),
+        ledger,
+        cell="scripted tier",
+        num_streams=NUM_STREAMS,
+        num_kills=500,
+        seconds=seconds,
+        seed=seed,
+    )
+
+
+async def _model_kills(ledger: Ledger, seconds: float, seed: int) -> None:
+    await run_kills(
+        default_settings(),
+        text_bodies(NUM_STREAMS // 2 + 4, max_tokens=96),
+        ledger,
+        cell="default model, native tier",
+        num_streams=NUM_STREAMS,
+        num_kills=100,
+        seconds=seconds,
+        seed=seed,
+    )
+
+
+async def _poison(ledger: Ledger, seconds: float, seed: int) -> None:
+    deadline = time.monotonic() + seconds
+    plan: list[tuple[Kind, Phase]] = [
+        ("sigsegv", "decode"),
+        ("memory", "decode"),
+        ("sigsegv", "prefill"),
+        ("exit", "decode"),
+        ("hang", "decode"),
+    ]
+    for index in range(20 * len(plan)):
+        if time.monotonic() > deadline:
+            return
+        kind, phase = plan[index % len(plan)]
+        await run_poison(ledger, kind=kind, phase=phase, num_others=NUM_STREAMS - 1)
+
+
+async def _aborts(ledger: Ledger, seconds: float, seed: int) -> None:
+    await run_aborts(ledger, num_aborts=10_000, seconds=seconds, seed=seed)
+
+
+ITEMS: dict[str, tuple[Callable[[Ledger, float, int], Coroutine[None, None, None]], float]] = {
+    "kills": (_kills, 3.0),
+    "model-kills": (_model_kills, 5.0),
+    "matrix": (_matrix, 5.0),
+    "poison": (_poison, 1.0),
+    "aborts": (_aborts, 1.0),
+}
+"""What there is to run, and its share of the time."""

@@ -1,0 +1,177 @@
+"""docs/reliability.md, written from all trials ever appended."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from loadtest.faults.ledger import Outcome, Trial
+from loadtest.faults.matrix import NOT_APPLICABLE, PHASES
+
+PAGE = Path("docs/reliability.md")
+AIMED_TRIALS = 20
+
+_HEAD = """\
+# Reliability, measured
+
+This page is generated from [loadtest/results/faults.jsonl](../loadtest/results/faults.jsonl), to which every run
+of `python -m loadtest faults` appends; each line names commit, machine, item, cell and outcome. Streams are compared
+byte by byte (text, log-probabilities, finish reasons, of every choice) with an uninterrupted run of the same
+request. *Failed cleanly* means that the request at which the fault was aimed ended with an error that says so, and
+that nobody else noticed. *Wrong* is anything else; it must be 0. Where nothing went wrong in n trials, the true rate is
+with 95 % confidence below 3/n. Everything runs over HTTP on loopback; the faults are injected by
+`loadtest/faulty_engine.py`, the server has no code for them.
+
+Trials that were wrong stay in the file and on this page; the last section says what they were.
+"""
+
+
+def render(trials: list[Trial]) -> str:
+    """The whole page."""
+    by_item: dict[str, list[Trial]] = defaultdict(list)
+    for trial in trials:
+        by_item[trial.item].append(trial)
+    parts = [_HEAD, _runs(trials)]
+    if "kills" in by_item:
+        parts.append(_kills(by_item["kills"], by_item["streams"]))
+    if "matrix" in by_item:
+        parts.append(_matrix(by_item["matrix"]))
+    for item, title, text in _SIMPLE:
+        if item in by_item:
+            parts.append(_simple(title, text, by_item[item]))
+    parts.append(_wrong(trials))
+    return "\n".join(parts)
+
+
+_SIMPLE = (
+    (
+        "poison",
+        "One request that ends engines",
+        "One request ends every engine that computes it; the others must not notice more than a pause. At most 3 "
+        "engines may die ([how blame is proved](decisions/0006-blame-is-proved.md)).",
+    ),
+    (
+        "aborts",
+        "Clients that leave",
+        "Connections closed at random moments, by where the request stood. Afterwards no KV block and no sequence may "
+        "be held, and the streams beside them are as ever.",
+    ),
+    (
+        "canaries",
+        "Canaries across requests",
+        "Requests of several keys (`cache_salt`) share prefixes and end in a canary of their own; answers show every "
+        "token that the engine had in that context, so any block of another key would change them.",
+    ),
+    (
+        "determinism",
+        "Determinism",
+        "The same prompts in batches of many sizes, in shuffled orders of arrival, on the default model and the native "
+        "tier: distinct outputs for each prompt must be 1. One trial is one prompt in one arrangement.",
+    ),
+    ("price", "Price of journal and supervisor", "CPU time of the API process's parts as a share of the machine."),
+)
+
+
+def bound(count: int, num_wrong: int) -> str:
+    """Upper end of what the rate of wrong outcomes can be, 95 %."""
+    if num_wrong:
+        return f"{num_wrong} of {count}"
+    return f"0 of {count:,}; < {100 * min(1.0, 3 / count):.2g} %"
+
+
+def _runs(trials: list[Trial]) -> str:
+    machines = sorted({trial.machine for trial in trials})
+    commits = {trial.commit for trial in trials}
+    first, last = min(trial.at for trial in trials)[:10], max(trial.at for trial in trials)[:10]
+    num = sum(trial.count for trial in trials)
+    return f"{num:,} trials from {first} to {last}, {len(commits)} commits, on: {'; '.join(machines)}.\n"
+
+
+def _kills(kills: list[Trial], streams: list[Trial]) -> str:
+    lines = [
+        "## `kill -9` under live streams\n",
+        "Back to back, at random steps; each kill waits until every stream that was live has gone on. Pauses are",
+        "seen by the clients, from the kill to the next event: of the first stream, and of the last.\n",
+        "| tier | kills | wrong | first p50 | p99 | max | last p50 | p99 | max |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for cell, trials in _by_cell(kills):
+        first = sorted(trial.figures["first"] for trial in trials if "first" in trial.figures)
+        last = sorted(trial.figures["last"] for trial in trials if "last" in trial.figures)
+        shown = [f"{value:.2f} s" for values in (first, last) if values for value in _percentiles(values)]
+        num_wrong = _count(trials, Outcome.WRONG)
+        lines.append(f"| {cell} | {len(trials)} | {bound(len(trials), num_wrong)} | {' | '.join(shown)} |")
+    lines += ["\n| streams compared | equal | lost, doubled, differing or failed |", "| --- | --- | --- |"]
+    for cell, trials in _by_cell(streams):
+        num = sum(trial.count for trial in trials)
+        num_wrong = _count(trials, Outcome.WRONG)
+        lines.append(f"| {cell} | {num - num_wrong:,} | {bound(num, num_wrong)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _percentiles(values: list[float]) -> tuple[float, float, float]:
+    return values[len(values) // 2], values[min(len(values) - 1, int(len(values) * 0.99))], values[-1]
+
+
+def _matrix(trials: list[Trial]) -> str:
+    cells = dict(_by_cell(trials))
+    kinds = list(dict.fromkeys(cell.split(" x ")[0] for cell in cells))
+    least = min(sum(t.count for t in of_cell) for of_cell in cells.values())
+    num, num_wrong = len(trials), _count(trials, Outcome.WRONG)
+    lines = [
+        "## Fault and phase\n",
+        "One fault in one phase of one request, beside other streams, on the scripted tier. Each cell: survived +",
+        f"failed cleanly of trials; the plan asks for {AIMED_TRIALS} trials a cell, the smallest has {least}. Wrong:",
+        f"{bound(num, num_wrong)}.\n",
+        f"| fault | {' | '.join(PHASES)} |",
+        f"| --- | {' | '.join('---' for _ in PHASES)} |",
+    ]
+    for kind in kinds:
+        row = [_cell(cells.get(f"{kind} x {phase}", [])) for phase in PHASES]
+        lines.append(f"| {kind.replace('_', ' ')} | {' | '.join(row)} |")
+    lines.append("\nNot run: " + "; ".join(f"{name} ({why})" for name, why in NOT_APPLICABLE.items()) + ".")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(trials: list[Trial]) -> str:
+    if not trials:
+        return ""
+    survived, clean = _count(trials, Outcome.SURVIVED), _count(trials, Outcome.FAILED_CLEANLY)
+    num_wrong = _count(trials, Outcome.WRONG)
+    shown = f"{survived} + {clean} of {len(trials)}"
+    return f"{shown}, **{num_wrong} wrong**" if num_wrong else shown
+
+
+def _simple(title: str, text: str, trials: list[Trial]) -> str:
+    lines = [f"## {title}\n", f"{text}\n", "| cell | trials | wrong | figures |", "| --- | --- | --- | --- |"]
+    for cell, of_cell in _by_cell(trials):
+        num, num_wrong = sum(trial.count for trial in of_cell), _count(of_cell, Outcome.WRONG)
+        names = list(dict.fromkeys(name for trial in of_cell for name in trial.figures))
+        figures = [
+            f"{name.replace('_', ' ')} {_span([t.figures[name] for t in of_cell if name in t.figures])}"
+            for name in names
+        ]
+        lines.append(f"| {cell} | {num:,} | {bound(num, num_wrong)} | {', '.join(figures)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _span(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _wrong(trials: list[Trial]) -> str:
+    wrong = [trial for trial in trials if trial.outcome is Outcome.WRONG]
+    lines = ["## What was wrong\n"]
+    lines += [f"- {t.at[:10]} {t.commit} {t.item}, {t.cell}: {t.detail or 'no detail'} ({t.count})" for t in wrong]
+    return "\n".join(lines if wrong else [*lines, "Nothing so far."]) + "\n"
+
+
+def _by_cell(trials: Iterable[Trial]) -> list[tuple[str, list[Trial]]]:
+    cells: dict[str, list[Trial]] = defaultdict(list)
+    for trial in trials:
+        cells[trial.cell].append(trial)
+    return list(cells.items())
+
+
+def _count(trials: Iterable[Trial], outcome: Outcome) -> int:
+    return sum(trial.count for trial in trials if trial.outcome is outcome)

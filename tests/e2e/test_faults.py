@@ -1,0 +1,102 @@
+"""The faults suite in short: one cell of each phase, a few kills under mixed streams, poison, aborts."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from app.client.settings import Supervision
+from loadtest.faults.aborts import run_aborts
+from loadtest.faults.kills import run_kills
+from loadtest.faults.ledger import Ledger, Outcome, Trial, read
+from loadtest.faults.matrix import PHASES, cells, run_matrix
+from loadtest.faults.poison import run_poison
+from loadtest.faults.report import bound, render
+from loadtest.faults.server import scripted_settings
+from loadtest.faults.streams import scripted_bodies
+from tests.store_models import default_model_folder
+
+SHORT = {
+    "start": "frame_lost",
+    "idle": "sigkill",
+    "prefill": "sigsegv",
+    "chunked_prefill": "exception",
+    "decode": "row_error",
+    "last_token": "frame_doubled",
+    "abort": "exit",
+    "drain": "sigstop",
+}
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    default_model_folder()  # its tokenizer
+    return Ledger(tmp_path / "faults.jsonl", machine="this one")
+
+
+def outcomes(ledger: Ledger) -> "Counter[Outcome]":
+    counts: Counter[Outcome] = Counter()
+    for trial in ledger.added:
+        assert trial.outcome is not Outcome.WRONG, f"{trial.cell}: {trial.detail}"
+        counts[trial.outcome] += trial.count
+    return counts
+
+
+async def test_a_fault_in_each_phase(ledger: Ledger) -> None:
+    chosen = [(kind, phase) for kind, phase in cells() if SHORT[phase] == kind]
+    await run_matrix(ledger, [*chosen, ("no_descriptors", "decode")])
+    assert outcomes(ledger) == {Outcome.SURVIVED: len(PHASES), Outcome.FAILED_CLEANLY: 1}
+
+
+async def test_kills_under_streams_of_all_kinds(ledger: Ledger) -> None:
+    await run_kills(
+        scripted_settings(step_seconds=0.01),
+        scripted_bodies(18, max_tokens=60),
+        ledger,
+        cell="scripted",
+        num_streams=18,
+        num_kills=5,
+        seconds=30,
+        seed=1,
+    )
+    assert outcomes(ledger)[Outcome.SURVIVED] >= 5 + 18
+
+
+async def test_one_poison(ledger: Ledger) -> None:
+    await run_poison(ledger, kind="memory", phase="decode", num_others=16)
+    assert outcomes(ledger) == {Outcome.FAILED_CLEANLY: 1}
+    assert ledger.added[0].figures["deaths"] == 2
+
+
+async def test_clients_that_leave(ledger: Ledger) -> None:
+    await run_aborts(ledger, num_aborts=200, seconds=30, seed=1)
+    assert outcomes(ledger) == {Outcome.SURVIVED: 200}
+
+
+async def test_a_stream_that_differs_is_told(ledger: Ledger) -> None:
+    """The suite can fail: where no engine is started again, streams are lost and said to be."""
+    await run_kills(
+        scripted_settings(step_seconds=0.01),
+        scripted_bodies(4, max_tokens=60),
+        ledger,
+        cell="scripted",
+        num_streams=4,
+        num_kills=1,
+        seconds=30,
+        seed=1,
+        supervision=Supervision(max_deaths=1),
+    )
+    assert {trial.outcome for trial in ledger.added} == {Outcome.WRONG}
+
+
+def test_the_page_counts_what_was_appended(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.add("matrix", "exit x decode", Outcome.SURVIVED)
+    ledger.add("matrix", "exit x decode", Outcome.WRONG, detail="a bystander differs")
+    ledger.add("kills", "scripted tier", Outcome.SURVIVED, first=0.2, last=0.3)
+    ledger.add("streams", "scripted tier: greedy", Outcome.SURVIVED, count=300)
+    trials = read(tmp_path / "faults.jsonl")
+    assert [type(trial) for trial in trials] == [Trial] * 4
+    page = render(trials)
+    assert "1 + 0 of 2, **1 wrong**" in page and "a bystander differs" in page
+    assert "| scripted tier: greedy | 300 | 0 of 300; < 1 % |" in page
+    assert bound(1000, 0) == "0 of 1,000; < 0.3 %"
