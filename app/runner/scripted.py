@@ -134,30 +134,32 @@ class ScriptedRunner:
                 _crash(self._settings.crash)
             if row.trigger == self._settings.fail_on_token:
                 return RowResult(entry.row, error=f"the script fails on token {row.trigger}")
-        token_id = self._draw(row, num_output)
-        if mask is not None:
-            token_id = self._nearest_allowed(token_id, mask)
+        token_id = self._draw(row, num_output, mask)
+        if token_id is None:
+            return RowResult(entry.row, error="the mask and min_tokens together leave no token to draw")
         k = row.params.num_logprobs
         logprobs = () if k is None else (self._logprobs(token_id, k),)
         return RowResult(entry.row, token_ids=(token_id,), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
-    def _draw(self, row: _Row, num_output: int) -> int:
+    def _draw(self, row: _Row, num_output: int, mask: "Bitmask | None") -> int | None:
         params = row.params
         may_end = bool(self._eos_token_ids) and not params.ignore_eos and num_output >= params.min_tokens
-        if may_end and num_output == self._settings.eos_after:
-            return min(self._eos_token_ids)
+        eos = min(self._eos_token_ids, default=0)
+        if may_end and num_output == self._settings.eos_after and _allows(mask, eos):
+            return eos
         if self._cycle:
-            return self._cycle[num_output % len(self._cycle)]
+            return self._next_allowed(self._cycle[num_output % len(self._cycle)], avoided=(), mask=mask)
+        stops = params.stop_token_ids if num_output < params.min_tokens else ()
         token_id = _mix(row.context ^ _salt(params)) % self._info.vocab_size
-        avoided = (*self._eos_token_ids, *params.stop_token_ids) if num_output < params.min_tokens else ()
-        while token_id in self._eos_token_ids or token_id in avoided:
-            token_id = (token_id + 1) % self._info.vocab_size
-        return token_id
+        return self._next_allowed(token_id, avoided=(*self._eos_token_ids, *stops), mask=mask)
 
-    def _nearest_allowed(self, token_id: int, mask: Bitmask) -> int:
-        while not mask[token_id // 32] >> (token_id % 32) & 1:
+    def _next_allowed(self, token_id: int, *, avoided: tuple[int, ...], mask: "Bitmask | None") -> int | None:
+        """The first from `token_id` upwards, and round, that may be drawn."""
+        for _ in range(self._info.vocab_size):
+            if token_id not in avoided and _allows(mask, token_id):
+                return token_id
             token_id = (token_id + 1) % self._info.vocab_size
-        return token_id
+        return None
 
     def _score_prompt(self, row: _Row, entry: PlanEntry) -> tuple[TokenLogprobs, ...]:
         k = row.params.num_prompt_logprobs
@@ -216,6 +218,10 @@ def _info(config: EngineConfig, settings: ScriptedSettings) -> RunnerInfo:
         row_independent=True,
         fingerprint="scripted-1",
     )
+
+
+def _allows(mask: "Bitmask | None", token_id: int) -> bool:
+    return mask is None or bool(mask[token_id // 32] >> (token_id % 32) & 1)
 
 
 def _salt(params: SamplingParams) -> int:
