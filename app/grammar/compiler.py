@@ -30,7 +30,11 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
     """A matcher at the beginning of the output. Releases the GIL. Raises GrammarError."""
-    matcher = LLMatcher(tokenizer, to_llguidance(grammar), limits=_limits(), log_level=0)
+    try:
+        notation = to_llguidance(grammar)
+    except ValueError as error:
+        raise GrammarError(safe_message(str(error))) from None
+    matcher = LLMatcher(tokenizer, notation, limits=_limits(), log_level=0)
     if matcher.is_error():
         raise GrammarError(safe_message(matcher.get_error()))
     return matcher
@@ -47,7 +51,7 @@ def translate(grammar: Grammar) -> Grammar:
 
 
 def to_llguidance(grammar: Grammar) -> str:
-    """The same language in the library's notation."""
+    """The same language in the library's notation. Raises ValueError where a schema is no JSON object."""
     match grammar.kind:
         case GrammarKind.JSON_SCHEMA:
             overrides = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
