@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from loadtest.faults.aborts import run_aborts
+from loadtest.faults.canaries import run_canaries
+from loadtest.faults.determinism import run_determinism
 from loadtest.faults.kills import run_kills
 from loadtest.faults.ledger import RESULTS, Ledger, read
 from loadtest.faults.matrix import cells, run_matrix
 from loadtest.faults.poison import run_poison
+from loadtest.faults.price import run_price
 from loadtest.faults.report import AIMED_TRIALS, PAGE, render
 from loadtest.faults.server import default_settings, scripted_settings
 from loadtest.faults.streams import scripted_bodies, text_bodies
@@ -139,11 +142,26 @@ async def _aborts(ledger: Ledger, seconds: float, seed: int) -> None:
     await run_aborts(ledger, num_aborts=10_000, seconds=seconds, seed=seed)
 
 
+async def _canaries(ledger: Ledger, seconds: float, seed: int) -> None:
+    await run_canaries(ledger, num_requests=100_000, seconds=seconds, seed=seed)
+
+
+async def _determinism(ledger: Ledger, seconds: float, seed: int) -> None:
+    await run_determinism(ledger, num_prompts=200, seconds=seconds, seed=seed)
+
+
+async def _price(ledger: Ledger, seconds: float, seed: int) -> None:
+    await run_price(ledger, seconds=seconds)
+
+
 ITEMS: dict[str, tuple[Callable[[Ledger, float, int], Coroutine[None, None, None]], float]] = {
     "kills": (_kills, 3.0),
     "model-kills": (_model_kills, 5.0),
     "matrix": (_matrix, 5.0),
     "poison": (_poison, 1.0),
     "aborts": (_aborts, 1.0),
+    "canaries": (_canaries, 1.0),
+    "determinism": (_determinism, 2.0),
+    "price": (_price, 0.5),
 }
 """What there is to run, and its share of the time."""

@@ -58,8 +58,10 @@ _SIMPLE = (
     (
         "canaries",
         "Canaries across requests",
-        "Requests of several keys (`cache_salt`) share prefixes and end in a canary of their own; answers show every "
-        "token that the engine had in that context, so any block of another key would change them.",
+        "Requests of several keys (`cache_salt`) share prefixes and end in a canary of their own, under aborts and "
+        "kills, in a KV cache that is too small. Answers repeat what stands in the sequence's KV blocks, so a block "
+        "with another's content shows; what a new key asks first may not come from the cache. Below HTTP, at the engine's "
+        "client, because keys do not exist in the API yet.",
     ),
     (
         "determinism",
@@ -67,7 +69,12 @@ _SIMPLE = (
         "The same prompts in batches of many sizes, in shuffled orders of arrival, on the default model and the native "
         "tier: distinct outputs for each prompt must be 1. One trial is one prompt in one arrangement.",
     ),
-    ("price", "Price of journal and supervisor", "CPU time of the API process's parts as a share of the machine."),
+    (
+        "price",
+        "Price of journal and supervisor",
+        "CPU time of journal, supervisor and message "
+        "decoding in the API process, as a share of what it and the engine used; the aim is under 0.02.",
+    ),
 )
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from app.client.settings import Supervision
 from loadtest.faults.aborts import run_aborts
+from loadtest.faults.canaries import run_canaries
 from loadtest.faults.kills import run_kills
 from loadtest.faults.ledger import Ledger, Outcome, Trial, read
 from loadtest.faults.matrix import PHASES, cells, run_matrix
@@ -71,6 +72,13 @@ async def test_one_poison(ledger: Ledger) -> None:
 async def test_clients_that_leave(ledger: Ledger) -> None:
     await run_aborts(ledger, num_aborts=200, seconds=30, seed=1)
     assert outcomes(ledger) == {Outcome.SURVIVED: 200}
+
+
+async def test_canaries_under_kills(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "faults.jsonl", machine="this one")
+    await run_canaries(ledger, num_requests=400, seconds=20, seed=1, requests_per_kill=150)
+    assert outcomes(ledger)[Outcome.SURVIVED] >= 400
+    assert ledger.added[0].figures["kills"] >= 1
 
 
 async def test_a_stream_that_differs_is_told(ledger: Ledger) -> None:
