@@ -10,6 +10,7 @@ from app.api.schemas.field_rules import UnknownFields
 from app.client.engine_client import EngineClient, EngineState
 from app.core.errors import EngineUnavailable, NotFound
 from app.core.types import EngineLimits
+from app.grammar.check import GrammarChecker
 from app.observability.metrics import EngineSnapshot, Metrics
 from app.text.chat_template import ChatTemplate
 from app.text.tokenizer import Tokenizer
@@ -68,6 +69,7 @@ class ServerContext:
     sampling_defaults: SamplingDefaults
     chat_template: ChatTemplate | None = None
     """None: the model has none, and no messages are taken."""
+    grammars: GrammarChecker = field(default_factory=GrammarChecker)
     limits: ApiLimits = field(default_factory=ApiLimits)
     version: str
     created: int = field(default_factory=lambda: int(time.time()))

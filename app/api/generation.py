@@ -150,7 +150,7 @@ class GenerationAnswer:
         context.metrics.params_n.observe(request.num_samples)
         live: list[LiveSequence] = []
         for sequence, place in zip(prepared.sequences, places, strict=True):
-            text = SequenceText(sequence, request, context.tokenizer)
+            text = SequenceText(sequence, request, context.tokenizer, eos_token_ids=limits.eos_token_ids)
             meter = SequenceMeter(
                 context.metrics, arrived=self._record.arrived, num_prompt_tokens=len(sequence.prompt.token_ids)
             )

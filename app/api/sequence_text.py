@@ -6,6 +6,7 @@ Invariants: no part of a character and no part of a stop string is released; tok
 completed a stop string are neither shown nor counted; the last delta, and no other, has a finish reason.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.api.schemas.generation import GenerationRequest
@@ -35,11 +36,19 @@ class Delta:
 class SequenceText:
     """Text state of one sequence. Feed it every output of the engine, in order, until a delta is the last."""
 
-    def __init__(self, sequence: PreparedSequence, request: GenerationRequest, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        sequence: PreparedSequence,
+        request: GenerationRequest,
+        tokenizer: Tokenizer,
+        *,
+        eos_token_ids: Sequence[int],
+    ) -> None:
         self.prepared = sequence
         params = sequence.engine_request.params
         self._include_stop = bool(request.include_stop_str_in_output)
         self._min_tokens = params.min_tokens
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._detokenizer = Detokenizer(
             tokenizer, request.skip_special_tokens is not False, after=sequence.prompt.token_ids
         )
@@ -75,10 +84,12 @@ class SequenceText:
         return Delta(text, output.token_ids, output.logprobs, reason, output.stop_token_id)
 
     def _shown_tokens(self, output: EngineOutput) -> tuple[int, ...]:
-        """Without the token that ended the sequence: it counts, but is no text."""
-        if output.finish_reason is FinishReason.STOP and not self._include_stop:
-            return output.token_ids[:-1]
-        return output.token_ids
+        """Without the token that ended the sequence: it counts, but is no text. A grammar's last token is text."""
+        token_ids = output.token_ids
+        if output.finish_reason is not FinishReason.STOP or self._include_stop or not token_ids:
+            return token_ids
+        is_end = output.stop_token_id is not None or token_ids[-1] in self._eos_token_ids
+        return token_ids[:-1] if is_end else token_ids
 
     def _push_plain(self, output: EngineOutput) -> str:
         text = self._detokenizer.push(self._shown_tokens(output))

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import msgspec
 
+from app.api.constraint import prepare_grammar
 from app.api.deps import SamplingDefaults, ServerContext
 from app.api.schemas.completions import CompletionRequest, prompt_list
 from app.api.schemas.generation import GenerationRequest
@@ -81,11 +82,13 @@ async def prepare_sequences(
     """`n` sequences for each prompt. Prefixes are shared within one `tenant` only."""
     seed = secrets.randbits(_DRAWN_SEED_BITS) if request.seed is None else request.seed
     bad_words = await _bad_words(request.bad_words or (), context.tokenizer)
+    grammar = await prepare_grammar(request, context.grammars)
     unique = secrets.token_hex(12)
     sequences: list[PreparedSequence] = []
     for prompt_index, prompt in enumerate(prompts):
         room = limits.max_model_len - len(prompt.token_ids)
         params = sampling_params(request, context.sampling_defaults, seed=seed, room=room, bad_words=bad_words)
+        params = msgspec.structs.replace(params, grammar=grammar)
         for sample in range(request.num_samples):
             index = len(sequences)
             sample_params = params if sample == 0 else msgspec.structs.replace(params, seed=derive_seed(seed, sample))

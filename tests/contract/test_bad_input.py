@@ -80,7 +80,7 @@ ROWS: list[tuple[str, Any, int, str | None]] = [
     ("options-without-stream", {"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options"),
     ("best-of", {"prompt": "a", "n": 2, "best_of": 3}, 400, "best_of"),
     ("suffix", {"prompt": "a", "suffix": "z"}, 400, "suffix"),
-    ("response-format", {"prompt": "a", "response_format": {"type": "json_object"}}, 400, "response_format"),
+    ("response-format", {"prompt": "a", "response_format": {"type": "yaml"}}, 400, "response_format.type"),
     ("store", {"prompt": "a", "store": True}, 400, "store"),
     ("salt", {"prompt": "a", "cache_salt": "x" * 129}, 400, "cache_salt"),
     ("request-id", {"prompt": "a", "request_id": "a b"}, 400, "request_id"),

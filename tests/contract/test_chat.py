@@ -247,7 +247,7 @@ def test_template_variables_by_allow_list(chat: FakeServer) -> None:
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "empty list"),
         ({"tool_choice": "required"}, "tool_choice", "auto"),
         ({"chat_template": "{{ messages }}"}, "chat_template", "operator"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "text"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type", "yaml"),
         ({"n": 2000}, "n", "1024"),
     ],
     ids=str,

@@ -279,7 +279,7 @@ def test_harmless_fields_are_named(server: FakeServer) -> None:
     }
     response = server.post(body)
     assert response.status_code == 200
-    assert response.headers["headwater-ignored"] == "best_of, response_format, store, user"
+    assert response.headers["headwater-ignored"] == "best_of, store, user"
 
 
 def test_request_ids(server: FakeServer) -> None:

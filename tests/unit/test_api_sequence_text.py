@@ -20,7 +20,7 @@ def make(request: CompletionRequest, min_tokens: int = 0) -> SequenceText:
     params = SamplingParams(seed=1, max_tokens=1000, min_tokens=min_tokens)
     engine_request = EngineRequest(request_id="r", prompt_token_ids=(5,), params=params)
     sequence = PreparedSequence(0, 0, PreparedPrompt((5,), "x"), engine_request)
-    return SequenceText(sequence, request, byte_level())
+    return SequenceText(sequence, request, byte_level(), eos_token_ids=(END,))
 
 
 def run(text: SequenceText, sizes: list[int], ids: tuple[int, ...] = (*IDS, END)) -> list[Delta]:
@@ -93,3 +93,13 @@ def test_a_held_start_of_a_stop_string_is_released_at_the_end() -> None:
 def test_what_the_engine_gave_up_is_raised(reason: FinishReason, error: type[Exception]) -> None:
     with pytest.raises(error):
         make(CompletionRequest(prompt="x")).feed(EngineOutput("r", finish_reason=reason, error="why."))
+
+
+def test_the_token_that_ends_a_grammar_is_text() -> None:
+    """Where the grammar allows nothing more, the sequence ends without an EOS, perhaps without any token."""
+    ended = make(CompletionRequest(prompt="x"))
+    assert "".join(delta.text for delta in run(ended, [2], IDS)) == TEXT
+    assert ended.num_output_tokens == len(IDS)
+    empty = make(CompletionRequest(prompt="x"))
+    delta = empty.feed(EngineOutput("r", (), finish_reason=FinishReason.STOP))
+    assert delta is not None and (delta.text, delta.finish_reason) == ("", FinishReason.STOP)

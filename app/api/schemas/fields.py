@@ -15,6 +15,7 @@ from app.api.schemas.field_rules import (
     only,
 )
 
+_CONSTRAINED = "use `structured_outputs` or `response_format`"
 _ID_RANGE = "128 of A-Z a-z 0-9 . _ : -"
 
 _SHARED: tuple[Honoured, ...] = (
@@ -34,6 +35,8 @@ _SHARED: tuple[Honoured, ...] = (
     Honoured("stop_token_ids", "none", "1,024 token ids", "End the output; their text is left out."),
     Honoured("include_stop_str_in_output", "false", "boolean", "Keep the text of what stopped the output."),
     Honoured("ignore_eos", "false", "boolean", "Go on past the model's end tokens."),
+    Honoured("response_format", "text", "text, json_object, json_schema", "Hold the output to JSON or a schema."),
+    Honoured("structured_outputs", "none", "one of json, json_object, regex, choice, grammar", "The same, vLLM's way."),
     Honoured("prompt_logprobs", "none", "0 to 20; not with `stream`", "Those of the prompt, in vLLM's form."),
     Honoured("stream", "false", "boolean", "Server-sent events, one chunk for each choice and step."),
     Honoured("stream_options", "none", "`include_usage`, `continuous_usage_stats`", "Usage in the stream."),
@@ -54,7 +57,6 @@ _SHARED_HARMLESS: tuple[Harmless, ...] = (
     Harmless("session_id", anything(), "anything", "A label."),
     Harmless("store", only(False), "false", "Nothing is stored."),
     Harmless("service_tier", only("auto", "default"), "auto, default", "There is one tier."),
-    Harmless("response_format", only({"type": "text"}), '{"type": "text"}', "Output is free text."),
     Harmless("use_beam_search", only(False), "false", "No beam search."),
     Harmless("length_penalty", only(1, 1.0), "1", "Belongs to beam search."),
     Harmless("early_stopping", only(False), "false", "Belongs to beam search."),
@@ -68,15 +70,14 @@ _SHARED_REFUSED: tuple[Refused, ...] = (
     Refused("n_predict", "use `max_tokens`"),
     Refused("repeat_penalty", "use `repetition_penalty`"),
     Refused("sampling_seed", "use `seed`"),
-    Refused("structured_outputs", "constrained output is not served yet"),
-    Refused("guided_json", "constrained output is not served yet"),
-    Refused("guided_regex", "constrained output is not served yet"),
-    Refused("guided_choice", "constrained output is not served yet"),
-    Refused("guided_grammar", "constrained output is not served yet"),
-    Refused("json_schema", "constrained output is not served yet"),
-    Refused("regex", "constrained output is not served yet"),
-    Refused("ebnf", "constrained output is not served yet"),
-    Refused("grammar", "constrained output is not served yet"),
+    Refused("guided_json", _CONSTRAINED),
+    Refused("guided_regex", _CONSTRAINED),
+    Refused("guided_choice", _CONSTRAINED),
+    Refused("guided_grammar", _CONSTRAINED),
+    Refused("json_schema", _CONSTRAINED),
+    Refused("regex", _CONSTRAINED),
+    Refused("ebnf", _CONSTRAINED),
+    Refused("grammar", _CONSTRAINED),
     Refused("stop_regex", "use `stop` or `stop_token_ids`"),
     Refused("logprob_token_ids", "use `logprobs`"),
     Refused("repetition_detection", "use `repetition_penalty`"),

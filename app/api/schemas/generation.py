@@ -22,6 +22,7 @@ from app.api.schemas.limits import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
 )
+from app.api.schemas.structured import ResponseFormat, StructuredOutputs
 from app.core.errors import InvalidRequest
 
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -61,6 +62,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     echo: bool | None = None
     prompt_logprobs: LogprobCount | None = None
     stream: bool | None = None

@@ -1,0 +1,72 @@
+"""From `response_format` and `structured_outputs` to the grammar that the engine follows, checked beforehand."""
+
+import msgspec
+
+from app.api.schemas.generation import GenerationRequest
+from app.api.schemas.structured import JsonObjectFormat, JsonSchemaFormat, StructuredOutputs
+from app.core.errors import InvalidRequest
+from app.core.types import Grammar
+from app.grammar import source
+from app.grammar.check import GrammarChecker
+from app.grammar.errors import GrammarError
+
+
+async def prepare_grammar(request: GenerationRequest, checker: GrammarChecker) -> Grammar | None:
+    """The request's grammar, or None for free text. Raises InvalidRequest naming the field."""
+    field = "response_format" if request.structured_outputs is None else "structured_outputs"
+    try:
+        grammar = _grammar_of(request)
+        if grammar is None:
+            return None
+        _check_others(request, field)
+        return await checker.check(grammar)
+    except GrammarError as error:
+        raise InvalidRequest(f"`{field}`: {error}.", param=field, code="invalid_grammar") from error
+
+
+def _grammar_of(request: GenerationRequest) -> Grammar | None:
+    form, outputs = request.response_format, request.structured_outputs
+    if outputs is not None:
+        if isinstance(form, JsonObjectFormat | JsonSchemaFormat):
+            raise InvalidRequest(
+                "`response_format` and `structured_outputs` exclude each other: set one of them.",
+                param="structured_outputs",
+            )
+        return _of_outputs(outputs)
+    if isinstance(form, JsonSchemaFormat):
+        return source.json_schema(form.json_schema.schema)
+    return source.json_object() if isinstance(form, JsonObjectFormat) else None
+
+
+def _of_outputs(outputs: StructuredOutputs) -> Grammar:
+    given = [name for name in outputs.__struct_fields__ if getattr(outputs, name) not in (None, False)]
+    if len(given) != 1:
+        known = ", ".join(outputs.__struct_fields__)
+        raise GrammarError(f"it needs exactly one of {known}; {len(given)} are given")
+    if outputs.regex is not None:
+        return source.regex(outputs.regex)
+    if outputs.choice is not None:
+        return source.choice(outputs.choice)
+    if outputs.grammar is not None:
+        return source.lark(outputs.grammar)
+    return source.json_object() if outputs.json is None else source.json_schema(_schema_of(outputs.json))
+
+
+def _schema_of(schema: dict[str, object] | str) -> dict[str, object]:
+    if not isinstance(schema, str):
+        return schema
+    try:
+        return msgspec.json.decode(schema, type=dict[str, object])
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise GrammarError("`json` is a text that is no JSON object") from error
+
+
+def _check_others(request: GenerationRequest, field: str) -> None:
+    """What would end the output before the grammar does, so that "stop" would not mean "valid" any more."""
+    for name in ("stop", "stop_token_ids", "ignore_eos"):
+        if getattr(request, name):
+            raise InvalidRequest(
+                f"`{name}` would end the output, or not, against `{field}`, which decides where it ends: "
+                "leave one of them out.",
+                param=name,
+            )
