@@ -16,8 +16,9 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 MODELS = "models"
 MODELS_IN_WHEEL = Path("app", "store", "models")
-# The oldest C library that the kernels are built against; empty: the name of the machine at hand.
+# A recipe reads and writes these; they are no part of a model.
 IGNORED = shutil.ignore_patterns("__pycache__", "corpus", "data", "run")
+# The oldest C library that the kernels are built against; empty: the name of the machine at hand.
 PLATFORM_TAG = os.environ.get("HEADWATER_PLATFORM_TAG", "")
 
 

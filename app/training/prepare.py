@@ -27,8 +27,6 @@ def prepare(
     try:
         template = CHAT_TEMPLATE if chat_template is None else chat_template.read_text(encoding="utf-8")
         tokenizer = train_tokenizer(corpus.documents, vocab_size=vocab_size)
-        # Text that reads like a special token is text.
-        tokenizer.encode_special_tokens = True
         out.mkdir(parents=True, exist_ok=True)
         write_tokenizer(tokenizer, out, chat_template=template)
         facts = write_shards(corpus.documents, tokenizer, out, heldout_share=heldout_share, seed=seed)

@@ -1,7 +1,8 @@
 """Trains a byte-level BPE tokenizer and writes the files of it that a served model needs.
 
 Ids 0 to 3 are the special tokens below, then 256 bytes, then merges. Every text has an encoding, and
-decoding gives it back byte by byte. Encoding puts the start token first.
+decoding gives it back byte by byte. Encoding puts the start token first. Here, text that reads like a special token
+is text; in the server, which renders templates, it is the token.
 """
 
 import json
@@ -54,6 +55,7 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> tokenizers.
             processors.TemplateProcessing(single=f"{START} $A", pair=f"{START} $A {START} $B", special_tokens=[start]),
         ]
     )
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
@@ -86,6 +88,7 @@ def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
         ) from error
     for token in SPECIAL_TOKENS:
         special_id(tokenizer, token)
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 

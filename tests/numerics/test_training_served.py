@@ -1,0 +1,87 @@
+"""From a megabyte of text to a streamed completion by three commands; what is served equals what was trained."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from app.training.model import packed_logits
+from app.training.packing import Rows
+from app.training.shards import open_shards
+from tests.e2e.serving import free_port, started, wait_ready
+from tests.training_texts import write_recipe, write_stories
+
+NUM_DOCUMENTS = 1700
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the first two commands were run."""
+    folder = tmp_path_factory.mktemp("three-commands")
+    corpus = write_stories(folder / "corpus", num_documents=NUM_DOCUMENTS)
+    assert sum(file.stat().st_size for file in corpus.iterdir()) > 1_000_000
+    recipe = write_recipe(folder, hidden_size=64, steps=60, context=CONTEXT, rows_per_step=8, learning_rate=1e-2)
+    headwater("tokenizer", str(corpus), "--out", str(folder / "data"), "--vocab-size", "512")
+    assert "serve it with: headwater serve" in headwater("pretrain", str(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(root: Path) -> Iterator[str]:
+    """The third command."""
+    port, log = free_port(), root / "serve.log"
+    model = str(root / "recipe-run" / "model")
+    flags = ["--tier", "any", "--dtype", "float32", "--kv-cache-gib", "0.05", "--max-num-seqs", "4"]
+    with started(log, "-m", "app.cli", "serve", model, "--port", str(port), *flags) as process:
+        address = f"http://127.0.0.1:{port}"
+        wait_ready(process, address, log)
+        yield address
+
+
+def headwater(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "app.cli", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_model_made_streams_a_completion_of_its_own_domain(url: str) -> None:
+    body = {"prompt": "The river", "max_tokens": 24, "temperature": 0, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+        assert answer.status_code == 200
+        events = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]" and len(events) > 10
+    text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
+    assert any(word in text for word in ("carried", "followed", "left", "watched", "mended", "forgot", "crossed")), text
+
+
+def test_served_log_likelihoods_are_those_of_training(root: Path, url: str) -> None:
+    document = open_shards(root / "data").heldout.document(0)[:CONTEXT].astype(np.int64)
+    body = {"prompt": document.tolist(), "max_tokens": 0, "echo": True, "logprobs": 1}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+    served = answer["choices"][0]["logprobs"]["token_logprobs"]
+    assert served[0] is None
+    assert served[1:] == pytest.approx(trained_logprobs(root, document).tolist(), abs=1e-3)
+
+
+def trained_logprobs(root: Path, document: np.ndarray) -> torch.Tensor:
+    """By the function that the training loop calls, from the weights of its last checkpoint."""
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(root / "recipe-run" / "model", dtype=torch.float32)
+    weights = load_file(root / "recipe-run" / "checkpoints" / "step-000060" / "weights.safetensors")
+    assert not model.load_state_dict(weights, strict=False).unexpected_keys
+    inputs = document[None, :-1]
+    rows = Rows(inputs, document[None, 1:], np.arange(inputs.shape[1])[None], np.zeros_like(inputs))
+    with torch.no_grad():
+        logits = packed_logits(model.eval(), rows, device=torch.device("cpu"), dtype=torch.float32)[0]
+    chosen = torch.from_numpy(document[1:, None])
+    return nn.functional.log_softmax(logits, dim=-1).gather(1, chosen)[:, 0]
