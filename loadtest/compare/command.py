@@ -15,6 +15,7 @@ import msgspec
 
 from app.core.errors import ConfigurationError
 from app.store import ModelFolder, default_model, resolve
+from loadtest.compare.client_check import BENCH_CLIENT, check
 from loadtest.compare.measure import Label, Measurement, measure
 from loadtest.compare.peers import Peer, Places, default_peers_dir, peer_table
 from loadtest.compare.probe import probe
@@ -27,6 +28,7 @@ from loadtest.run import RunConfig
 
 QUICK_ROUNDS = 3
 FULL_ROUNDS = 5
+CHECKED_LOADS = ("8:128/64", "32:128/64")
 RESULTS = Path("loadtest/results")
 PAGE = Path("docs/benchmarks.md")
 
@@ -39,6 +41,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     rounds: int | None
     quick: bool
     report: bool
+    check_client: bool
     list_peers: bool
     peers_dir: Path
     output: Path | None
@@ -59,6 +62,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--rounds", type=int, help=f"default: {FULL_ROUNDS}, with --quick {QUICK_ROUNDS}")
     add("--quick", action="store_true", help="half the requests, fewer servers, fewer rounds")
     add("--report", action="store_true", help="measure nothing: write the tables from what was measured")
+    add("--check-client", action="store_true", help="instead: put vllm bench serve beside our client, on Headwater")
     add("--list-peers", action="store_true", help="say which servers are installed, and how to install the others")
     add("--peers-dir", type=Path, default=default_peers_dir(os.environ), help="where they are installed")
     add("--output", type=Path, help=f"results folder; default: {RESULTS}/compare-MACHINE")
@@ -82,12 +86,14 @@ def run(options: Options, say: Callable[[str], None]) -> int:
         if options.list_peers:
             return 0
         results.keep_machine(machine)
+        # The server under measurement must end with us.
+        signal.signal(signal.SIGTERM, _interrupt)
+        if options.check_client:
+            return _check_client(results, places, select(options.workloads or CHECKED_LOADS), say)
         _prepare(peers, model, places, say)
     except (ValueError, ConfigurationError) as error:
         sys.stderr.write(f"loadtest: {error}\n")
         return 2
-    # The server under measurement must end with us.
-    signal.signal(signal.SIGTERM, _interrupt)
     comparison = Comparison(results, places, workloads, is_quick=options.quick, say=say)
     is_whole = comparison.run(peers, num_rounds)
     say(_report(results))
@@ -232,6 +238,30 @@ def _installed(peers: Sequence[Peer], places: Places, say: Callable[[str], None]
 def _prepare(peers: Sequence[Peer], model: ModelFolder, places: Places, say: Callable[[str], None]) -> None:
     if any("{gguf}" in part for peer in peers for part in peer.command):
         prepare_ggufs(model, places.peers, report=say)
+
+
+def _check_client(results: Results, places: Places, workloads: Sequence[Workload], say: Callable[[str], None]) -> int:
+    peer, port = next(peer for peer in peer_table() if peer.is_ours), free_port()
+    tool, log = places.fill(BENCH_CLIENT), places.peers / "logs" / f"{peer.name}.log"
+    if not Path(tool).exists():
+        raise ValueError(f"there is no {tool}, the other client; see {PAGE}")
+    try:
+        with Server(places.command(peer, port=port), environment={}, port=port, log=log) as server:
+            server.wait_ready({}, timeout_s=peer.ready_timeout_s)
+            turns = check(
+                workloads,
+                url=server.url,
+                tool=Path(tool),
+                model_name=places.model_name,
+                tokenizer=places.model,
+                say=say,
+            )
+    except ServerFailed as error:
+        say(f"the clients cannot be compared: {error}")
+        return 1
+    results.keep_turns(turns)
+    say(_report(results))
+    return 0
 
 
 def _interrupt(*_: object) -> None:

@@ -103,7 +103,7 @@ def default_peers_dir(environment: Mapping[str, str]) -> Path:
 
 def peer_table() -> tuple[Peer, ...]:
     """All that can be compared, ours first."""
-    return (*_headwater(), *_vllm(), *_llama(), _transformers())
+    return (*_headwater(), *_vllm(), *_llama(), *_transformers())
 
 
 def version_in(text: str) -> str:
@@ -173,53 +173,96 @@ def _vllm() -> tuple[Peer, ...]:
 
 
 def _llama() -> tuple[Peer, ...]:
-    def peer(name: str, precision: str, gguf: str, *flags: str, is_quick: bool = True, tried: str) -> Peer:
+    def peer(
+        name: str,
+        precision: str,
+        gguf: str,
+        *flags: str,
+        tried: str,
+        title: str = "llama-server",
+        build: str = "build",
+        environment: tuple[tuple[str, str], ...] = (),
+        is_quick: bool = False,
+    ) -> Peer:
+        server = "{peers}/llama/" + build + "/bin/llama-server"
         return Peer(
             name=name,
-            title="llama-server",
+            title=title,
             precision=precision,
             command=(
-                "{peers}/llama/build/bin/llama-server", "-m", "{gguf}/" + gguf, "--host", "127.0.0.1", "--port",
+                server, "-m", "{gguf}/" + gguf, "--host", "127.0.0.1", "--port",
                 "{port}", "-t", "{num_cores}", "-np", "32", "-c", "40960", *flags,
             ),
-            needs=("{peers}/llama/build/bin/llama-server", "{peers}/llama/build/bin/llama-quantize"),
+            environment=environment,
+            needs=(server, "{peers}/llama/build/bin/llama-quantize"),
             install=_INSTALL_LLAMA,
             tried=tried,
-            version_command=("{peers}/llama/build/bin/llama-server", "--version"),
+            version_command=(server, "--version"),
             keeps_connections=False,
             is_quick=is_quick,
         )  # fmt: skip
 
-    best = "--poll 0: its default spinning takes the core that the client needs"
+    best = "--poll 0: spinning takes the core that the client needs"
+    no_poll, passive = ("--poll", "0"), (("OMP_WAIT_POLICY", "passive"),)
     return (
-        peer("llama-bf16", "bf16", "BF16.gguf", "--poll", "0", tried=best),
-        peer("llama-q8_0", "Q8_0", "Q8_0.gguf", "--poll", "0", tried=best),
-        peer("llama-q8_0-poll", "Q8_0", "Q8_0.gguf", is_quick=False, tried="its default polling, for comparison"),
+        peer("llama-bf16", "bf16", "BF16.gguf", *no_poll, tried=best, is_quick=True),
+        peer("llama-q8_0", "Q8_0", "Q8_0.gguf", *no_poll, tried=best, is_quick=True),
+        peer("llama-bf16-poll", "bf16", "BF16.gguf", tried="its default polling", title="llama-server, polling"),
+        peer(
+            "llama-bf16-omp",
+            "bf16",
+            "BF16.gguf",
+            *no_poll,
+            tried="built with OpenMP, its default",
+            build="build-openmp",
+            title="llama-server, OpenMP",
+        ),
+        peer(
+            "llama-bf16-omp-passive",
+            "bf16",
+            "BF16.gguf",
+            *no_poll,
+            tried="OpenMP that does not spin",
+            build="build-openmp",
+            title="llama-server, OpenMP passive",
+            environment=passive,
+        ),
     )
 
 
-def _transformers() -> Peer:
-    return Peer(
-        name="transformers",
-        title="transformers serve",
-        precision="bf16",
-        command=(
-            "{peers}/transformers/bin/transformers", "serve", "{model}", "--host", "127.0.0.1", "--port", "{port}",
-            "--continuous-batching", "--dtype", "bfloat16", "--device", "cpu",
+def _transformers() -> tuple[Peer, ...]:
+    def peer(name: str, title: str, *, tried: str, environment: tuple[tuple[str, str], ...] = ()) -> Peer:
+        version = "import importlib.metadata as m; print(m.version('transformers'))"
+        return Peer(
+            name=name,
+            title=title,
+            precision="bf16",
+            command=(
+                "{peers}/transformers/bin/transformers", "serve", "{model}", "--host", "127.0.0.1", "--port", "{port}",
+                "--continuous-batching", "--dtype", "bfloat16", "--device", "cpu",
+            ),
+            environment=(("HF_HUB_OFFLINE", "1"), *environment),
+            model="{model}",
+            # It takes no ignore_eos and no token ids; this field is its own way of saying the same.
+            ignores_eos=False,
+            extra_body=(("generation_config", '{"do_sample": false, "eos_token_id": -1}'),),
+            needs=("{peers}/transformers/bin/transformers",),
+            install=_INSTALL_TRANSFORMERS,
+            tried=tried,
+            version_command=("{peers}/transformers/bin/python", "-c", version),
+            ready_timeout_s=180.0,
+        )  # fmt: skip
+
+    passive = (("OMP_WAIT_POLICY", "passive"),)
+    return (
+        peer("transformers", "transformers serve", tried="continuous batching"),
+        peer(
+            "transformers-passive",
+            "transformers serve, OpenMP passive",
+            tried="OpenMP that does not spin",
+            environment=passive,
         ),
-        environment=(("HF_HUB_OFFLINE", "1"),),
-        model="{model}",
-        # It takes no ignore_eos and no token ids; this field is its own way of saying the same.
-        ignores_eos=False,
-        extra_body=(("generation_config", '{"do_sample": false, "eos_token_id": -1}'),),
-        needs=("{peers}/transformers/bin/transformers",),
-        install=_INSTALL_TRANSFORMERS,
-        tried="continuous batching",
-        version_command=(
-            "{peers}/transformers/bin/python", "-c", "import importlib.metadata as m; print(m.version('transformers'))",
-        ),
-        ready_timeout_s=180.0,
-    )  # fmt: skip
+    )
 
 
 def _tcmalloc(peers: Path) -> Path:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 
+from loadtest.compare.client_check import check_table
 from loadtest.compare.peers import Peer
 from loadtest.compare.plot import draw
 from loadtest.compare.results import Results, counting
@@ -27,6 +28,8 @@ def write_report(results: Results, peers: Sequence[Peer], *, page: Path | None) 
     title = "unknown" if machine is None else machine.title
     counted = counting(results.measurements())
     text, made = markdown(counted, peers, title), cells(counted)
+    if turns := results.turns():
+        text += f"\n### Our client beside vllm bench serve\n\n{check_table(turns)}\n"
     results.folder.mkdir(parents=True, exist_ok=True)
     (results.folder / "table.md").write_text(text, encoding="utf-8")
     summary = msgspec.json.encode({"machine": machine, "cells": made})

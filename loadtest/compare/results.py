@@ -38,6 +38,16 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.cpu}, {self.num_cores} cores, {self.memory_gib:.0f} GiB"
 
 
+class Turn(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of our client and one of another, one after the other, on the same server."""
+
+    workload: str
+    our_tokens_per_s: float
+    their_tokens_per_s: float
+    our_tpot_ms: float
+    their_tpot_ms: float
+
+
 class Results:
     """One folder."""
 
@@ -75,6 +85,16 @@ class Results:
             raise ValueError(f"{self.folder} holds figures of {known.title}; give another folder by --output")
         self.folder.mkdir(parents=True, exist_ok=True)
         path.write_bytes(msgspec.json.format(msgspec.json.encode(machine), indent=2) + b"\n")
+
+    def keep_turns(self, turns: Sequence[Turn]) -> None:
+        """Write client-check.json."""
+        text = msgspec.json.format(msgspec.json.encode(turns), indent=2)
+        (self.folder / "client-check.json").write_bytes(text + b"\n")
+
+    def turns(self) -> list[Turn]:
+        """What client-check.json says, if there is one."""
+        path = self.folder / "client-check.json"
+        return msgspec.json.decode(path.read_bytes(), type=list[Turn]) if path.exists() else []
 
     def machine(self) -> Machine | None:
         """What machine.json says."""

@@ -112,15 +112,13 @@ def markdown(measurements: Sequence[Measurement], peers: Sequence[Peer], machine
 
 
 def _throughput(made: Sequence[Cell], peers: Sequence[Peer], workloads: Sequence[Workload]) -> str:
-    header = ["workload (concurrency: input / output tokens)", *(f"{peer.title} {peer.precision}" for peer in peers)]
+    header = ["server", *(workload.title for workload in workloads)]
     rows = []
-    for workload in workloads:
-        row = [workload.title]
-        for peer in peers:
-            cell = _find(made, peer.name, workload.name)
-            row.append("-" if cell is None else _rate(cell))
-        rows.append(row)
-    return _table(header, rows)
+    for peer in peers:
+        found = [_find(made, peer.name, workload.name) for workload in workloads]
+        rates = ["-" if cell is None else _rate(cell) for cell in found]
+        rows.append([f"{peer.title} {peer.precision}", *rates])
+    return _table(header, rows) + "\n\nWorkloads: concurrency, input / output tokens."
 
 
 def _rate(cell: Cell) -> str:

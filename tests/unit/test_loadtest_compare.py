@@ -9,13 +9,14 @@ import msgspec
 import pytest
 
 from loadtest.compare import command
+from loadtest.compare.client_check import agrees, check_table
 from loadtest.compare.measure import MAX_ATTEMPTS, Label, Measurement, measure, needs_another, num_short, settle
 from loadtest.compare.peers import Peer, Places, default_peers_dir, peer_table, shown_command, version_in
 from loadtest.compare.plot import draw
 from loadtest.compare.probe import MOVED_LIMIT, Peaks, moved
 from loadtest.compare.probe import measure as measure_peaks
 from loadtest.compare.report import BEGIN, END, between_marks, write_report
-from loadtest.compare.results import Machine, Results, counting, is_done, label_of
+from loadtest.compare.results import Machine, Results, Turn, counting, is_done, label_of
 from loadtest.compare.server import Server, ServerFailed, free_port, tree
 from loadtest.compare.table import cells, markdown, precision_class, spread
 from loadtest.compare.workloads import WORKLOADS, run_config, select, warmup_config
@@ -263,6 +264,24 @@ def test_requests_speak_the_servers_own_words() -> None:
     assert not config.ignore_eos
     assert set(config.extra_body) == {"generation_config"}
     assert command.with_peer(plain, peer_table()[0], places) == plain
+
+
+def test_the_clients_agree_or_the_table_says_so(tmp_path: Path) -> None:
+    def turn(workload: str, ours: float, theirs: float) -> Turn:
+        return Turn(
+            workload=workload, our_tokens_per_s=ours, their_tokens_per_s=theirs, our_tpot_ms=1.0, their_tpot_ms=2.0
+        )
+
+    assert (agrees(109, 100), agrees(91, 100), agrees(112, 100), agrees(80, 100)) == (True, True, False, False)
+    turns = [turn("a", 100, 99), turn("a", 104, 100), turn("a", 102, 500), turn("b", 50, 100)]
+    table = check_table(turns)
+    assert "| a | 102 | 100 | 1.02 | 1.0 / 2.0 |" in table
+    assert "| b | 50 | 100 | 0.50 (they disagree) |" in table
+    results = Results(tmp_path)
+    assert results.turns() == []
+    results.keep_turns(turns)
+    assert results.turns() == turns
+    assert "vllm bench serve" in write_report(results, peer_table(), page=None)
 
 
 def test_options_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
