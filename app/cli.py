@@ -18,11 +18,12 @@ EXIT_OK = 0
 EXIT_CONFIGURATION = 2
 """Settings, model or machine do not fit: a restart would fail the same way."""
 EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Mistakes of the operator are printed without a traceback."""
-    parser = _parser()
+    parser = make_parser()
     options = parser.parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
@@ -31,10 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remark(f"headwater: {error}")
         return EXIT_CONFIGURATION
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of all commands; their reference page is made from it."""
     parser = argparse.ArgumentParser(prog="headwater", description="Serve a trained decoder behind the OpenAI API.")
     parser.add_argument("--version", action="version", version=f"headwater {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
