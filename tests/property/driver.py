@@ -14,6 +14,8 @@ from app.scheduler import Scheduler, SchedulerConfig
 from app.scheduler.sequence import NO_ROW, Sequence
 from tests.fakes import Continuation, FakeForward, FakeRunner, continuation
 
+REFUSAL = "the grammar cannot be served"
+
 
 def make_config(
     *,
@@ -75,6 +77,10 @@ class Driver:
         self.num_steps = 0
         self.num_held = 0
         """Sequences that the gate held, summed over steps, while the step was in flight."""
+        self.num_prepared = 0
+        """Sequences with a grammar that were let go on."""
+        self._preparing: dict[str, int] = {}
+        """Steps until the grammar of a sequence is ready, or refused."""
         self._lag = lag
         self._draft = draft
         self._in_flight: deque[tuple[StepPlan, FakeForward]] = deque()
@@ -96,12 +102,15 @@ class Driver:
         output = self.scheduler.add(request, 0.0)
         if output is not None:
             self._take(output)
+        elif request.params.grammar is not None:
+            self._preparing[request.request_id] = len(request.prompt_token_ids) % 5
         return output
 
     def abort(self, request_id: str) -> None:
         """Abort a live request; nothing more may come of it."""
         assert self.scheduler.abort([request_id]) == 1
         del self.answers[request_id]
+        self._preparing.pop(request_id, None)
         self.check()
 
     def fail(self, request_id: str) -> None:
@@ -110,6 +119,7 @@ class Driver:
 
     def step(self) -> StepPlan | None:
         """Plan a step, and finish the oldest one in flight where that is due. Returns the plan."""
+        self._prepare()
         oldest = self.scheduler._running[:1]
         num_running = len(self.scheduler._running)
         num_preemptions = self.scheduler.counts().total_preemptions
@@ -118,7 +128,8 @@ class Driver:
             assert not any(entry.start_row for entry in plan.entries), "admitted while others had to give way"
         assert self.scheduler._running[: len(oldest)] == oldest, "the oldest running sequence was preempted"
         if plan is None:
-            assert self._in_flight or not self.scheduler.has_work, "sequences are live and nothing is planned"
+            is_quiet = not self.scheduler.has_work or self._preparing
+            assert self._in_flight or is_quiet, "sequences are live and nothing is planned"
         else:
             assert plan.num_tokens <= self._most_tokens(num_running)
             self._check_plan(plan)
@@ -133,7 +144,9 @@ class Driver:
 
     def run_until_idle(self) -> None:
         """Step until nothing is live; fails where that takes longer than one sequence after the other would."""
-        bound = (len(self.live_ids) + 1) * (self.config.max_sequence_len + 2) * (self._lag + 2)
+        bound = len(self._preparing) * 5 + (len(self.live_ids) + 1) * (self.config.max_sequence_len + 2) * (
+            self._lag + 2
+        )
         for _ in range(bound):
             if not self.scheduler.has_work and not self._in_flight:
                 break
@@ -150,6 +163,21 @@ class Driver:
         rows = [sequence.row for sequence in holders]
         assert len(set(rows)) == len(rows), "two sequences have one row"
         assert all(0 <= row < self.config.max_num_seqs for row in rows)
+
+    def _prepare(self) -> None:
+        """Grammars become ready, or turn out to be wrong, some steps after their requests came."""
+        for request_id, num_left in list(self._preparing.items()):
+            if num_left:
+                self._preparing[request_id] -= 1
+                continue
+            del self._preparing[request_id]
+            if len(self.answers[request_id].request.prompt_token_ids) % 7 == 0:
+                output = self.scheduler.refuse_prepared(request_id, REFUSAL)
+                assert output is not None
+                self._take(output)
+            else:
+                self.scheduler.admit_prepared(request_id)
+                self.num_prepared += 1
 
     def _finish_step(self) -> None:
         plan, forward = self._in_flight.popleft()
@@ -173,6 +201,9 @@ class Driver:
             self._check_end(answer, output)
 
     def _check_end(self, answer: Answer, output: EngineOutput) -> None:
+        if output.error == REFUSAL:
+            assert not answer.token_ids
+            return
         if output.finish_reason is FinishReason.ERROR:
             assert output.request_id in self.runner.failing, output.error
             assert output.error == "logits are not finite"
@@ -234,10 +265,12 @@ class Driver:
         waiting = scheduler._queue._sequences
         on_probation = scheduler._probation._queue._sequences
         held = scheduler._gate._producer_of_held
-        places = [*scheduler._running, *waiting, *on_probation, *held]
+        preparing = scheduler._preparation._held
+        places = [*scheduler._running, *waiting, *on_probation, *held, *preparing.values()]
         assert sorted(sequence.request_id for sequence in places) == sorted(scheduler._sequences)
         assert set(scheduler._sequences) == set(self.live_ids)
-        idle = [*waiting, *on_probation, *held]
+        assert set(preparing) == set(self._preparing)
+        idle = [*waiting, *on_probation, *held, *preparing.values()]
         assert all(sequence.row == NO_ROW and not sequence.blocks.block_ids for sequence in idle)
         assert all(sequence.num_computed_tokens == 0 for sequence in idle)
         assert not any(s.is_on_probation for s in waiting) and all(s.is_on_probation for s in on_probation)

@@ -24,7 +24,7 @@ def test_random_traffic(seed: int, lag: int, draft: bool) -> None:
         totals += _episode(rng, lag=lag, draft=draft)
     print(f"\n{dict(totals)}")  # noqa: T201
     assert totals["steps"] >= NUM_STEPS
-    for event in ("finished", "aborted", "failed", "preemptions", "hit tokens", "held"):
+    for event in ("finished", "aborted", "failed", "preemptions", "hit tokens", "held", "prepared"):
         assert totals[event] > 50, f"{event} hardly happens: the traffic tests nothing"
 
 
@@ -45,6 +45,7 @@ def _episode(rng: random.Random, *, lag: int, draft: bool) -> "Counter[str]":
     counts = driver.scheduler.counts()
     totals["steps"] = driver.num_steps
     totals["held"] = driver.num_held
+    totals["prepared"] = driver.num_prepared
     totals["finished"] = len(driver.answers)
     totals["preemptions"] = counts.total_preemptions
     totals["hit tokens"] = counts.total_prefix_hit_tokens
