@@ -17,8 +17,8 @@ def load_vocabulary(model_dir: Path, *, vocab_size: int, eos_token_ids: Sequence
     path = model_dir / "tokenizer.json"
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise GrammarError(f"the model has no readable tokenizer for grammars ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise GrammarError(f"the model has no readable tokenizer for grammars ({type(error).__name__})") from None
     eos = [token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size] or None
     try:
         return LLTokenizer(text, n_vocab=vocab_size, eos_token=eos)
