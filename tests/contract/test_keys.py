@@ -14,7 +14,7 @@ from app.core.errors import ConfigurationError
 from app.main import make_keys
 from app.serve import _check_exposure
 from app.settings import load_settings
-from tests.contract.serving import MODEL, TEXT, FakeServer, fake_server
+from tests.contract.serving import MODEL, TEXT, FakeServer, fake_server, wait_until
 
 ALICE = "alice-0123456789abcdef"
 BOB = "bob-0123456789abcdef"
@@ -101,10 +101,15 @@ def test_prefixes_are_shared_within_one_key_only(locked: FakeServer) -> None:
 
 
 def test_the_log_names_the_key_by_its_hash(locked: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    def logged() -> list[dict[str, Any]]:
+        return [getattr(record, "facts", {}) for record in caplog.records if record.name == "headwater.request"]
+
     with caplog.at_level(logging.INFO, logger="headwater.request"):
-        locked.post({"prompt": "Hi", "max_tokens": 1}, **bearer(ALICE))
-        locked.post({"prompt": "Hi", "max_tokens": 1}, **bearer("wrong-0123456789abcdef"))
-    facts = [getattr(record, "facts", {}) for record in caplog.records if record.name == "headwater.request"]
+        # A line is written when its answer is out already.
+        for number, key in enumerate((ALICE, "wrong-0123456789abcdef"), start=1):
+            locked.post({"prompt": "Hi", "max_tokens": 1}, **bearer(key))
+            wait_until(lambda number=number: len(logged()) == number)  # type: ignore[misc]
+    facts = logged()
     assert [one["status"] for one in facts] == [200, 401]
     assert len(str(facts[0]["key_id"])) == 12 and facts[0]["key_name"] == "alice"
     assert facts[1]["key_id"] is None and facts[1]["error"] == "invalid_api_key"
