@@ -16,14 +16,15 @@ from app.runner.native.build import find_or_build
 from app.runner.native.families import read_shape
 from app.runner.native.levels import choose_level
 from app.runner.native.library import Library
+from app.runner.native.precision import precision_of
 from app.runner.native.safetensors import read_tensors
 from app.runner.native.weights import ModelWeights, load_weights
 from tests.native_models import write_model
 
 
-def packed(folder: Path, *, is_int8: bool = False) -> ModelWeights:
+def packed(folder: Path, *, quantization: str | None = None) -> ModelWeights:
     library = Library(find_or_build(choose_level()))
-    return load_weights(folder, read_shape(folder), library, is_int8=is_int8, num_threads=2)
+    return load_weights(folder, read_shape(folder), library, precision=precision_of(quantization), num_threads=2)
 
 
 def change_tensors(folder: Path, changes: dict[str, Any]) -> None:
@@ -54,7 +55,7 @@ def test_a_tied_head_is_the_embedding_itself(tmp_path: Path) -> None:
 
 
 def test_int8_weights_are_within_half_a_step(tmp_path: Path) -> None:
-    weights = packed(write_model(tmp_path), is_int8=True)
+    weights = packed(write_model(tmp_path), quantization="int8")
     source = load_file(tmp_path / "model.safetensors")["model.layers.0.self_attn.o_proj.weight"]  # (192, 384)
     output = weights.layers[0].output
     assert output.scale is not None and output.zero is not None

@@ -23,7 +23,7 @@ class CLinear(Structure):
         ("zero", c_void_p),
         ("n_pad", c_int32),
         ("k", c_int32),
-        ("is_int8", c_int32),
+        ("byte_rows", c_int32),
         ("reserved", c_int32),
     )
 
@@ -57,7 +57,7 @@ class CModel(Structure):
         ("head_dim", c_int32),
         ("act_pad", c_int32),
         ("vocab", c_int32),
-        ("has_int8", c_int32),
+        ("byte_rows", c_int32),
         ("reserved", c_int32),
         ("norm_eps", c_float),
         ("attention_scale", c_float),

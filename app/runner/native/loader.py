@@ -18,6 +18,7 @@ from app.runner.native.families import ModelShape, read_shape
 from app.runner.native.levels import Level, choose_level
 from app.runner.native.library import Library
 from app.runner.native.model import BLOCK_SIZE, NativeModel
+from app.runner.native.precision import QUANTIZATIONS, precision_of
 from app.runner.native.runner import NativeRunner
 from app.runner.native.weights import ModelWeights, load_weights
 from app.runner.sampling import SAMPLER_EPOCH
@@ -38,8 +39,8 @@ def load(config: EngineConfig) -> NativeRunner:
     level = choose_level()
     library = Library(find_or_build(level))
     num_threads = min(num_cpus(), _MOST_THREADS) if config.num_threads is None else config.num_threads
-    is_int8 = config.quantization == "int8"
-    weights = load_weights(model_dir, shape, library, is_int8=is_int8, num_threads=num_threads)
+    precision = precision_of(config.quantization)
+    weights = load_weights(model_dir, shape, library, precision=precision, num_threads=num_threads)
     kv = _plan_kv(config, shape)
     model = NativeModel(shape, weights, num_blocks=kv.num_blocks, max_model_len=kv.max_model_len)
     eos_token_ids = _eos_token_ids(config, model_dir)
@@ -59,8 +60,9 @@ def _check_settings(config: EngineConfig) -> None:
         raise TierUnavailable(f"it runs on the CPU and the device is {config.device}")
     if config.dtype not in ("auto", "bfloat16"):
         raise TierUnavailable(f"it computes in bfloat16 and the dtype is {config.dtype}", remedy="--dtype auto")
-    if config.quantization not in (None, "int8"):
-        raise TierUnavailable(f"it has no quantization {config.quantization!r}", remedy="--quantization int8")
+    if config.quantization is not None and config.quantization not in QUANTIZATIONS:
+        remedy = f"--quantization {' or '.join(QUANTIZATIONS)}"
+        raise TierUnavailable(f"it has no quantization {config.quantization!r}", remedy=remedy)
     if config.block_size not in (None, BLOCK_SIZE):
         raise TierUnavailable(f"its blocks have {BLOCK_SIZE} tokens and the block size is {config.block_size}")
 

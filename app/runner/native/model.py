@@ -34,7 +34,7 @@ class NativeModel:
             head_dim=shape.head_dim,
             act_pad=weights.layers[0].gate_up.n_pad // 2,
             vocab=shape.vocab_size,
-            has_int8=int(weights.head.scale is not None),
+            byte_rows=weights.precision.byte_rows,
             norm_eps=shape.norm_eps,
             attention_scale=shape.head_dim**-0.5,
             block_stride=self.kv[0].size,

@@ -1,7 +1,7 @@
 """A model folder's weights, packed once into the layouts of the kernels; the files are let go after.
 
-Packed weights are the only copy: a tied embedding is looked up in the packed head. In int8 every linear
-is int8 and the embedding stays bf16.
+Packed weights are the only copy: a tied embedding is looked up in the packed head. Where the head is
+int8 the embedding stays bf16, a copy of its own.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from app.runner.base import TierUnavailable
 from app.runner.native.arena import Arena, aligned
 from app.runner.native.families import ModelShape
 from app.runner.native.library import CLinear, Library, address
+from app.runner.native.precision import Form, Precision
 from app.runner.native.safetensors import Tensor, read_tensors
 
 _COLUMNS = 64
@@ -40,6 +41,7 @@ class PackedLinear:
     """bf16 (n_pad / 64, k / 2, 64, 2) or int8 (n_pad / 64, k / 4, 64, 4), flat."""
     n_pad: int
     k: int
+    form: Form
     bias: NDArray[np.float32] | None = None
     """(n_pad,)"""
     scale: NDArray[np.float32] | None = None
@@ -56,7 +58,7 @@ class PackedLinear:
             zero=address(self.zero),
             n_pad=self.n_pad,
             k=self.k,
-            is_int8=int(self.scale is not None),
+            byte_rows=int(self.form),
         )
 
 
@@ -83,17 +85,18 @@ class ModelWeights:
     embedding: NDArray[Any]
     """bf16 in the layout of a packed linear of vocab columns."""
     final_norm: NDArray[np.float32]
+    precision: Precision
     num_bytes: int
     digest: str
     """sha256 over names, types and bytes of the source tensors."""
 
 
 def load_weights(
-    model_dir: Path, shape: ModelShape, library: Library, *, is_int8: bool, num_threads: int
+    model_dir: Path, shape: ModelShape, library: Library, *, precision: Precision, num_threads: int
 ) -> ModelWeights:
     """Map, check and pack. Raises ConfigurationError (broken files), TierUnavailable (tensors unknown)."""
     tensors = read_tensors(model_dir)
-    packer = _Packer(shape, library, tensors, is_int8=is_int8)
+    packer = _Packer(shape, library, tensors, precision)
     layers = tuple(packer.layer(index) for index in range(shape.num_layers))
     head, embedding = packer.head_and_embedding()
     final_norm = packer.vector("model.norm.weight", shape.hidden, pad=padded(shape.hidden))
@@ -102,7 +105,7 @@ def load_weights(
         digest = pool.submit(_digest, tensors)
         for done in [pool.submit(job) for job in packer.jobs]:
             done.result()
-        return ModelWeights(layers, head, embedding, final_norm, packer.arena.num_bytes, digest.result())
+        return ModelWeights(layers, head, embedding, final_norm, precision, packer.arena.num_bytes, digest.result())
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -121,7 +124,7 @@ class _Packer:
     shape: ModelShape
     library: Library
     tensors: dict[str, Tensor]
-    is_int8: bool
+    precision: Precision
     jobs: list[Callable[[], None]] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
 
@@ -129,25 +132,29 @@ class _Packer:
         self.arena = Arena(self._arena_bytes(), huge_pages=True)
 
     def layer(self, index: int) -> LayerWeights:
-        shape, prefix = self.shape, f"model.layers.{index}."
+        shape, forms, prefix = self.shape, self.precision, f"model.layers.{index}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         qkv = [(attention + "q_proj", q_size), (attention + "k_proj", kv_size), (attention + "v_proj", kv_size)]
         hidden, pad = shape.hidden, padded(shape.hidden)
         return LayerWeights(
-            qkv=self.linear(qkv, k=hidden, has_bias=shape.qkv_bias),
-            output=self.linear([(attention + "o_proj", hidden)], k=q_size, has_bias=shape.output_bias),
+            qkv=self.linear(qkv, k=hidden, form=forms.qkv, has_bias=shape.qkv_bias),
+            output=self.linear(
+                [(attention + "o_proj", hidden)], k=q_size, form=forms.output, has_bias=shape.output_bias
+            ),
             gate_up=self.gate_up(mlp),
-            down=self.linear([(mlp + "down_proj", hidden)], k=shape.intermediate, has_bias=shape.mlp_bias),
+            down=self.linear(
+                [(mlp + "down_proj", hidden)], k=shape.intermediate, form=forms.down, has_bias=shape.mlp_bias
+            ),
             attention_norm=self.vector(prefix + "input_layernorm.weight", hidden, pad=pad),
             mlp_norm=self.vector(prefix + "post_attention_layernorm.weight", hidden, pad=pad),
             q_norm=self._head_norm(attention + "q_norm.weight"),
             k_norm=self._head_norm(attention + "k_norm.weight"),
         )
 
-    def linear(self, parts: list[tuple[str, int]], *, k: int, has_bias: bool) -> PackedLinear:
+    def linear(self, parts: list[tuple[str, int]], *, k: int, form: Form, has_bias: bool) -> PackedLinear:
         """Linears side by side: their columns one after the other."""
-        packed = self._empty(sum(size for _, size in parts), k, is_int8=self.is_int8, has_bias=has_bias)
+        packed = self._empty(sum(size for _, size in parts), k, form=form, has_bias=has_bias)
         column = 0
         for name, size in parts:
             self._fill(packed, name, size, column=column, run=_ONE_RUN, stride=0)
@@ -157,20 +164,20 @@ class _Packer:
     def gate_up(self, prefix: str) -> PackedLinear:
         """Gate and up columns in turns, so that one tile holds both halves of silu(gate) * up."""
         size = self.shape.intermediate
-        packed = self._empty(2 * size, self.shape.hidden, is_int8=self.is_int8, has_bias=self.shape.mlp_bias)
+        packed = self._empty(2 * size, self.shape.hidden, form=self.precision.gate_up, has_bias=self.shape.mlp_bias)
         self._fill(packed, prefix + "gate_proj", size, column=0, run=_TURN, stride=2 * _TURN)
         self._fill(packed, prefix + "up_proj", size, column=_TURN, run=_TURN, stride=2 * _TURN)
         return packed
 
     def head_and_embedding(self) -> tuple[PackedLinear, NDArray[Any]]:
         shape, embed = self.shape, "model.embed_tokens"
-        embedding = self._empty(shape.vocab_size, shape.hidden, is_int8=False, has_bias=False)
+        embedding = self._empty(shape.vocab_size, shape.hidden, form=Form.BF16, has_bias=False)
         self._fill(embedding, embed, shape.vocab_size, column=0, run=_ONE_RUN, stride=0)
         if shape.is_tied and "lm_head.weight" in self.tensors:
             self.used.add("lm_head.weight")  # a copy that some exporters keep
-        if shape.is_tied and not self.is_int8:
+        if shape.is_tied and self.precision.head is Form.BF16:
             return embedding, embedding.weight
-        head = self._empty(shape.vocab_size, shape.hidden, is_int8=self.is_int8, has_bias=False)
+        head = self._empty(shape.vocab_size, shape.hidden, form=self.precision.head, has_bias=False)
         self._fill(head, embed if shape.is_tied else "lm_head", shape.vocab_size, column=0, run=_ONE_RUN, stride=0)
         return head, embedding.weight
 
@@ -189,13 +196,14 @@ class _Packer:
     def _head_norm(self, name: str) -> NDArray[np.float32] | None:
         return self.vector(name, self.shape.head_dim, pad=self.shape.head_dim) if self.shape.qk_norm else None
 
-    def _empty(self, n: int, k: int, *, is_int8: bool, has_bias: bool) -> PackedLinear:
+    def _empty(self, n: int, k: int, *, form: Form, has_bias: bool) -> PackedLinear:
         n_pad = padded(n)
         bias = np.zeros(n_pad, dtype=np.float32) if has_bias else None
-        if not is_int8:
-            return PackedLinear(self.arena.take(n_pad * k, np.uint16), n_pad, k, bias)
+        if form is Form.BF16:
+            return PackedLinear(self.arena.take(n_pad * k, np.uint16), n_pad, k, form, bias)
         weight = self.arena.take(n_pad * k, np.int8)
-        return PackedLinear(weight, n_pad, k, bias, np.zeros(n_pad, dtype=np.float32), np.zeros(n_pad, dtype=np.int32))
+        scale, zero = np.zeros(n_pad, dtype=np.float32), np.zeros(n_pad, dtype=np.int32)
+        return PackedLinear(weight, n_pad, k, form, bias, scale, zero)
 
     def _fill(self, packed: PackedLinear, name: str, size: int, *, column: int, run: int, stride: int) -> None:
         source = self._tensor(name + ".weight", (size, packed.k))
@@ -225,20 +233,22 @@ class _Packer:
         return tensor
 
     def _arena_bytes(self) -> int:
-        shape = self.shape
+        shape, forms = self.shape, self.precision
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        sizes = (
-            (q_size + 2 * kv_size, shape.hidden),
-            (shape.hidden, q_size),
-            (2 * shape.intermediate, shape.hidden),
-            (shape.hidden, shape.intermediate),
+        layer = (
+            _linear_bytes(q_size + 2 * kv_size, shape.hidden, forms.qkv)
+            + _linear_bytes(shape.hidden, q_size, forms.output)
+            + _linear_bytes(2 * shape.intermediate, shape.hidden, forms.gate_up)
+            + _linear_bytes(shape.hidden, shape.intermediate, forms.down)
         )
-        width = 1 if self.is_int8 else 2
-        layer = sum(aligned(padded(n) * k * width) for n, k in sizes)
-        embedding = aligned(padded(shape.vocab_size) * shape.hidden * 2)
-        head = aligned(padded(shape.vocab_size) * shape.hidden * width)
-        has_own_head = self.is_int8 or not shape.is_tied
+        embedding = _linear_bytes(shape.vocab_size, shape.hidden, Form.BF16)
+        head = _linear_bytes(shape.vocab_size, shape.hidden, forms.head)
+        has_own_head = forms.head is not Form.BF16 or not shape.is_tied
         return shape.num_layers * layer + embedding + (head if has_own_head else 0)
+
+
+def _linear_bytes(n: int, k: int, form: Form) -> int:
+    return aligned(padded(n) * k * (2 if form is Form.BF16 else 1))
 
 
 def _as_float(tensor: Tensor) -> NDArray[np.float32]:

@@ -115,7 +115,7 @@ static void draw_beside(tile_in *t, const uint16_t *next, int tile) {
 
 static void scores_of(attention_scratch *s, const uint16_t *keys, const uint16_t *next, int from, int rows, int columns,
                       int dim) {
-    int count = tile_count(rows - from);
+    int count = tile_count(rows - from, MR_MAX);
     for (int i = 0; i < count; i++) {
         int row = from + tile_start(rows - from, count, i), end = from + tile_start(rows - from, count, i + 1);
         tile_in t = {.x = s->q + row * dim, .x_stride = dim / 2, .w = keys, .w_stride = BLOCK_TOKENS, .groups = dim / 2};
@@ -126,7 +126,7 @@ static void scores_of(attention_scratch *s, const uint16_t *keys, const uint16_t
 
 static void add_values(attention_scratch *s, const uint16_t *values, const uint16_t *next, int from, int rows,
                        int tokens, int dim) {
-    int count = tile_count(rows - from);
+    int count = tile_count(rows - from, MR_MAX);
     if (tokens < BLOCK_TOKENS) draw_block(next, dim); /* too few steps to draw it beside them */
     for (int i = 0; i < count; i++) {
         int row = from + tile_start(rows - from, count, i), end = from + tile_start(rows - from, count, i + 1);

@@ -22,7 +22,9 @@ typedef struct {
     const float *bias;   /* [n_pad] or NULL */
     const float *scale;  /* int8: [n_pad] */
     const int32_t *zero; /* int8: [n_pad], 128 * sum over k of the weights: what the +128 of inputs adds */
-    int32_t n_pad, k, is_int8, reserved;
+    int32_t n_pad, k;
+    int32_t byte_rows; /* 0: bf16. int8: rows of bytes that hold one row of inputs, 2 being high and low bytes */
+    int32_t reserved;
 } hw_linear;
 
 typedef struct {
@@ -33,7 +35,8 @@ typedef struct {
 } hw_layer;
 
 typedef struct {
-    int32_t num_layers, hidden, hidden_pad, num_heads, num_kv_heads, head_dim, act_pad, vocab, has_int8, reserved;
+    int32_t num_layers, hidden, hidden_pad, num_heads, num_kv_heads, head_dim, act_pad, vocab;
+    int32_t byte_rows, reserved; /* the largest byte_rows of all linears */
     float norm_eps, attention_scale;
     int64_t block_stride; /* elements from a block to the next in k_cache and v_cache */
     const hw_layer *layers;

@@ -73,15 +73,31 @@ static void rescale(const hw_linear *lin, const int32_t *sums, float scale, int 
     }
 }
 
+/* The same for 16-bit inputs, whose high and low bytes were summed apart. */
+static void rescale_wide(const hw_linear *lin, const int32_t *high, const int32_t *low, float scale, int column,
+                         int width, float *y) {
+    vf x_scale = v_set1(scale);
+    for (int c = 0; c < width; c += VL) {
+        vf upper = vi_to_float(vi_sub(vi_load(high + c), vi_load(lin->zero + column + c)));
+        vf sum = v_fma(upper, v_set1(256.0f), vi_to_float(vi_load(low + c)));
+        vf value = v_mul(v_mul(sum, v_load(lin->scale + column + c)), x_scale);
+        v_store(y + c, lin->bias ? v_add(value, v_load(lin->bias + column + c)) : value);
+    }
+}
+
 /* One tile of rows against one column block (or half of one). */
 static void tile_rows(const hw_linear *lin, const linear_in *in, tile_in *t, int row, int rows, int column, int width,
                       const finish *done) {
     float y[MR_MAX][COLUMNS];
-    if (lin->is_int8) {
+    if (lin->byte_rows) {
         int32_t sums[MR_MAX][COLUMNS];
-        t->x = in->bytes + row * in->stride;
-        tile_run_int8(t, rows, width, sums[0], COLUMNS);
-        for (int m = 0; m < rows; m++) rescale(lin, sums[m], in->scales[row + m], column, width, y[m]);
+        t->x = in->bytes + row * lin->byte_rows * in->stride;
+        tile_run_int8(t, rows * lin->byte_rows, width, sums[0], COLUMNS);
+        for (int m = 0; m < rows; m++) {
+            float scale = in->scales[row + m];
+            if (lin->byte_rows == 1) rescale(lin, sums[m], scale, column, width, y[m]);
+            else rescale_wide(lin, sums[2 * m], sums[2 * m + 1], scale, column, width, y[m]);
+        }
     } else {
         t->x = in->bf16 + row * in->stride;
         tile_run_bf16(t, rows, width, lin->bias ? lin->bias + column : NULL, 0, y[0], COLUMNS);
@@ -90,9 +106,9 @@ static void tile_rows(const hw_linear *lin, const linear_in *in, tile_in *t, int
 }
 
 void linear_run(const hw_linear *lin, const linear_in *in, int rows, const finish *done, int thread, int num_threads) {
-    const int per_group = lin->is_int8 ? 4 : 2;
+    const int per_group = lin->byte_rows ? 4 : 2;
     const long groups = lin->k / per_group, block_bytes = groups * COLUMNS * 4;
-    const int units = lin->n_pad / UNIT, count = tile_count(rows);
+    const int units = lin->n_pad / UNIT, count = tile_count(rows, lin->byte_rows == 2 ? MR_MAX / 2 : MR_MAX);
     const int from = (int)((long)units * thread / num_threads), to = (int)((long)units * (thread + 1) / num_threads);
     for (int unit = from, step; unit < to; unit += step) {
         step = (unit % 2 == 0 && unit + 1 < to) ? 2 : 1;

@@ -27,7 +27,7 @@ typedef struct {
     int columns;          /* FINISH_LOGITS: real columns; padding beyond is ignored */
 } finish;
 
-/* Inputs of a linear: bf16 rows, or bytes with a scale a row for int8. */
+/* Inputs of a linear: bf16 rows, or for int8 rows of bytes, byte_rows to each scale. */
 typedef struct {
     const uint16_t *bf16;
     const uint8_t *bytes;

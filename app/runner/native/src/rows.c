@@ -34,13 +34,24 @@ void row_norm(const hw_model *model, const float *x, const float *weight, uint16
         v_store_bf16(out + i, v_mul(v_mul(v_load(x + i), scale), v_load(weight + i)));
 }
 
-void row_quantise(const uint16_t *x, int k, uint8_t *bytes, float *scale) {
+static float row_largest(const uint16_t *x, int k) {
     vf largest = v_zero();
     for (int i = 0; i < k; i += VL) largest = v_max(largest, v_abs(v_load_bf16(x + i)));
-    float most = v_largest(largest);
+    return v_largest(largest);
+}
+
+void row_quantise(const uint16_t *x, int k, uint8_t *bytes, float *scale) {
+    float most = row_largest(x, k);
     *scale = most / 127.0f;
     vf inverse = v_set1(most > 0.0f ? 127.0f / most : 0.0f);
     for (int i = 0; i < k; i += VL) v_store_u8(bytes + i, v_mul(v_load_bf16(x + i), inverse));
+}
+
+void row_quantise_wide(const uint16_t *x, int k, uint8_t *high, uint8_t *low, float *scale) {
+    float most = row_largest(x, k);
+    *scale = most / 32767.0f;
+    vf inverse = v_set1(most > 0.0f ? 32767.0f / most : 0.0f);
+    for (int i = 0; i < k; i += VL) v_store_u16_halves(high + i, low + i, v_mul(v_load_bf16(x + i), inverse));
 }
 
 static void head_norm(const hw_model *model, const float *weight, float *head) {

@@ -90,9 +90,16 @@ INLINE vi vi_dp(vi acc, vi x_u8, vi w_s8) {
 }
 INLINE vf vi_to_float(vi a) { return _mm256_cvtepi32_ps(a); }
 INLINE vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
-INLINE void v_store_u8(uint8_t *p, vf a) {
-    vi i = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(128));
+INLINE void vi_store_low_bytes(uint8_t *p, vi i) { /* each lane in 0..255 */
     __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
     _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(words, words));
+}
+INLINE void v_store_u8(uint8_t *p, vf a) {
+    vi_store_low_bytes(p, _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(128)));
+}
+INLINE void v_store_u16_halves(uint8_t *high, uint8_t *low, vf a) {
+    vi i = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(32768));
+    vi_store_low_bytes(high, _mm256_and_si256(_mm256_srli_epi32(i, 8), _mm256_set1_epi32(255)));
+    vi_store_low_bytes(low, _mm256_and_si256(i, _mm256_set1_epi32(255)));
 }
 #endif

@@ -73,4 +73,10 @@ INLINE void v_store_u8(uint8_t *p, vf a) {
     vi i = _mm512_add_epi32(_mm512_cvtps_epi32(a), _mm512_set1_epi32(128));
     _mm_storeu_si128((__m128i *)p, _mm512_cvtusepi32_epi8(i));
 }
+/* Round, add 32768, keep the high and the low byte of a lane: |a| <= 32767. */
+INLINE void v_store_u16_halves(uint8_t *high, uint8_t *low, vf a) {
+    vi i = _mm512_add_epi32(_mm512_cvtps_epi32(a), _mm512_set1_epi32(32768));
+    _mm_storeu_si128((__m128i *)high, _mm512_cvtepi32_epi8(_mm512_srli_epi32(i, 8)));
+    _mm_storeu_si128((__m128i *)low, _mm512_cvtepi32_epi8(i));
+}
 #endif

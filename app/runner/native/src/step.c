@@ -59,7 +59,7 @@ static size_t lay_out(hw_context *c, const hw_model *m, const hw_step *s, char *
     c->x = carve(&at, rows * (size_t)m->hidden_pad * 2);
     c->attended = carve(&at, tokens * (size_t)attended_stride(m) * 2);
     c->activated = carve(&at, tokens * (size_t)m->act_pad * 2);
-    c->bytes = carve(&at, m->has_int8 ? rows * (size_t)widest(m) : 0);
+    c->bytes = carve(&at, (size_t)m->byte_rows * rows * (size_t)widest(m));
     c->scales = carve(&at, rows * sizeof(float));
     c->queries = carve(&at, tokens * sizeof(query_block));
     c->best = carve(&at, threads * rows * sizeof(lane_best));
@@ -96,10 +96,14 @@ static void plan_queries(hw_context *c, const hw_model *m, const hw_step *s) {
 
 #define SHARE(n) int from = (int)((long)(n) * thread / threads), to = (int)((long)(n) * (thread + 1) / threads)
 
-static void quantise_rows(const job *j, const uint16_t *x, long stride, int k, int from, int to) {
+/* Inputs of an int8 linear as bytes. */
+static void quantise_rows(const job *j, const hw_linear *lin, const uint16_t *x, long stride, int from, int to) {
     const long width = widest(j->model);
-    for (int r = from; r < to; r++)
-        row_quantise(x + r * stride, k, j->ctx->bytes + r * width, j->ctx->scales + r);
+    for (int r = from; r < to; r++) {
+        uint8_t *bytes = j->ctx->bytes + r * lin->byte_rows * width;
+        if (lin->byte_rows == 1) row_quantise(x + r * stride, lin->k, bytes, j->ctx->scales + r);
+        else row_quantise_wide(x + r * stride, lin->k, bytes, bytes + width, j->ctx->scales + r);
+    }
 }
 
 static void embed_rows(const job *j, int thread, int threads) {
@@ -108,11 +112,12 @@ static void embed_rows(const job *j, int thread, int threads) {
         row_embed(j->model, j->step->token_ids[t], j->ctx->residual + (long)t * j->model->hidden_pad);
 }
 
-static void norm_rows(const job *j, const float *weight, int is_int8, int thread, int threads) {
+/* Norm, then the inputs of the linear `next`. */
+static void norm_rows(const job *j, const float *weight, const hw_linear *next, int thread, int threads) {
     const long stride = j->model->hidden_pad;
     SHARE(j->step->num_tokens);
     for (int t = from; t < to; t++) row_norm(j->model, j->ctx->residual + t * stride, weight, j->ctx->x + t * stride);
-    if (is_int8) quantise_rows(j, j->ctx->x, stride, (int)stride, from, to);
+    if (next->byte_rows) quantise_rows(j, next, j->ctx->x, stride, from, to);
 }
 
 static void rotate_and_store(const job *j, const hw_layer *layer, int thread, int threads) {
@@ -145,10 +150,10 @@ static void attend_items(const job *j, int index, int thread, int threads) {
 static void project(const job *j, const hw_linear *lin, const uint16_t *x, long stride, int rows, int has_bytes,
                     const finish *done, int thread, int threads) {
     linear_in in = {.bf16 = x, .stride = stride};
-    if (lin->is_int8) {
+    if (lin->byte_rows) {
         if (!has_bytes) {
             SHARE(rows);
-            quantise_rows(j, x, stride, lin->k, from, to);
+            quantise_rows(j, lin, x, stride, from, to);
             pool_barrier(j->ctx->pool, threads);
         }
         in = (linear_in){.bytes = j->ctx->bytes, .scales = j->ctx->scales, .stride = widest(j->model)};
@@ -165,7 +170,7 @@ static void run_layer(const job *j, int index, int thread, int threads) {
     const finish to_residual = {.kind = FINISH_ADD, .out = c->residual, .stride = m->hidden_pad};
     const finish to_activated = {.kind = FINISH_SILU_MUL, .out16 = c->activated, .stride = m->act_pad};
 
-    norm_rows(j, layer->attention_norm, layer->qkv.is_int8, thread, threads);
+    norm_rows(j, layer->attention_norm, &layer->qkv, thread, threads);
     pool_barrier(c->pool, threads);
     project(j, &layer->qkv, c->x, m->hidden_pad, rows, 1, &to_qkv, thread, threads);
     pool_barrier(c->pool, threads);
@@ -175,7 +180,7 @@ static void run_layer(const job *j, int index, int thread, int threads) {
     pool_barrier(c->pool, threads);
     project(j, &layer->output, c->attended, attended_stride(m), rows, 0, &to_residual, thread, threads);
     pool_barrier(c->pool, threads);
-    norm_rows(j, layer->mlp_norm, layer->gate_up.is_int8, thread, threads);
+    norm_rows(j, layer->mlp_norm, &layer->gate_up, thread, threads);
     pool_barrier(c->pool, threads);
     project(j, &layer->gate_up, c->x, m->hidden_pad, rows, 1, &to_activated, thread, threads);
     pool_barrier(c->pool, threads);
@@ -209,7 +214,7 @@ static void run_head(const job *j, int thread, int threads) {
         SHARE(s->num_logits);
         for (int r = from; r < to; r++)
             row_norm(m, c->residual + s->logits_tokens[r] * stride, m->final_norm, c->x + r * stride);
-        if (m->head.is_int8) quantise_rows(j, c->x, stride, (int)stride, from, to);
+        if (m->head.byte_rows) quantise_rows(j, &m->head, c->x, stride, from, to);
     }
     lane_best *best = c->best + (long)thread * s->num_logits;
     best_reset(best, s->num_logits);
@@ -312,13 +317,15 @@ static void linears_region(void *arg, int thread, int threads) {
     const linear_job *j = arg;
     for (int l = 0; l < j->num_layers; l++) {
         const hw_linear *lin = &j->layers[l].qkv + j->which;
-        const finish done = {.kind = FINISH_STORE, .out = j->out, .stride = lin->n_pad};
+        finish done = {.kind = j->which == 0 ? FINISH_STORE : FINISH_ADD, .out = j->out, .stride = lin->n_pad};
+        if (j->which == 2) done = (finish){.kind = FINISH_SILU_MUL, .out16 = (uint16_t *)j->out, .stride = lin->n_pad / 2};
         linear_run(lin, &j->in, j->rows, &done, thread, threads);
     }
     pool_barrier(j->ctx->pool, threads);
 }
 
-/* One linear of every layer, one after the other. x: bf16, or bytes with scales for int8; [rows][k]. */
+/* One linear of every layer, one after the other, each finished as a step finishes it. x: bf16, or bytes
+ * with scales for int8; [rows][k]. */
 void hw_run_linears(hw_context *c, const hw_layer *layers, int32_t num_layers, int32_t which, int32_t rows,
                     const void *x, const float *scales, float *out) {
     const long k = (&layers->qkv + which)->k;

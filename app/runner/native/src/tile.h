@@ -67,7 +67,7 @@ void tile_run_bf16(const tile_in *in, int rows, int columns, const float *init, 
                    long out_stride);
 void tile_run_int8(const tile_in *in, int rows, int columns, int32_t *out, long out_stride);
 
-/* Split `rows` into tiles of nearly equal height: the i-th of `count` starts here. */
-INLINE int tile_count(int rows) { return (rows + MR_MAX - 1) / MR_MAX; }
+/* Split `rows` into tiles of nearly equal height, `most` at most: the i-th of `count` starts here. */
+INLINE int tile_count(int rows, int most) { return (rows + most - 1) / most; }
 INLINE int tile_start(int rows, int count, int i) { return (int)((long)rows * i / count); }
 #endif
