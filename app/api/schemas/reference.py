@@ -80,8 +80,18 @@ BLAKE2b-64 over the seed and i, each as 8 little-endian bytes: the tokens of a s
 reader keeps it whole.
 """
 
+_FORMS = """\
+**The form of the output**: `response_format` is `{"type": "json_object"}` or
+`{"type": "json_schema", "json_schema": {"schema": ...}}`; `structured_outputs` is `{"json": schema}`,
+`{"json_object": true}`, `{"regex": ...}`, `{"choice": [...]}` or `{"grammar": ...}` (Lark, or llama.cpp's GBNF).
+An answer that finishes with "stop" has the form; one that finishes with "length" is cut. The form decides where
+the output ends, so `stop`, `stop_token_ids` and `ignore_eos` beside it are a 400, as is what cannot be compiled
+within the limits.
+"""
+
 _COMPLETION_NOTES = f"""\
 {_SEEDS}
+{_FORMS}
 `text_offset` counts characters of the text from its start, the echoed prompt included. A token that
 begins inside a character has that character's offset.
 
@@ -91,6 +101,7 @@ included. What a model made beyond a stop string is not counted.
 
 _CHAT_NOTES = f"""\
 {_SEEDS}
+{_FORMS}
 **Messages** have a `role` (system, developer, user, assistant, tool, function) and `content`: a string,
 null, or a list of parts. Parts of the types `text`, `input_text`, `output_text` and `refusal` are text, joined
 by line breaks; an image, sound or file is a 400, since the model reads text. All other fields of a message
