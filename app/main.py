@@ -36,7 +36,7 @@ def create_app(settings: Settings | None = None, engine_client: EngineClient | N
     """
     settings = load_settings() if settings is None else settings
     configure_logging(level=settings.log_level, form=settings.log_format)
-    folder = resolve(settings.model, report=remark)
+    folder = resolve(settings.model, is_offline=settings.offline, report=remark)
     metrics = make_metrics(settings, folder)
     if engine_client is None:
         config = settings.to_engine_config(str(folder.path), folder.eos_token_ids)

@@ -68,7 +68,7 @@ class _Start(NamedTuple):
 
 def _start_engine(settings: Settings) -> _Start:
     configure_logging(level=settings.log_level, form=settings.log_format)
-    folder = resolve(settings.model, report=remark)
+    folder = resolve(settings.model, is_offline=settings.offline, report=remark)
     config = settings.to_engine_config(str(folder.path), folder.eos_token_ids)
     launch = EngineLaunch(log_level=settings.log_level, log_format=settings.log_format)
     return _Start(folder, config, launch, EngineProcess.spawn(1, config, launch=launch))

@@ -21,6 +21,9 @@ OTHER_VARIABLES = frozenset({API_KEY_VARIABLE, "HEADWATER_CACHE", "HEADWATER_ISA
 """Variables that are no flags: a key (flags show in process lists), the store's cache folder, the native tier's ISA
 level."""
 
+OFFLINE_MODEL = "rill-sql-3m"
+"""The model that comes with Headwater."""
+
 MIB = 1024 * 1024
 GIB = 1024 * MIB
 
@@ -39,6 +42,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", protected_namespaces=())
 
     model: str = Field("smollm2-135m-instruct-q4", description="catalogue name, folder, .gguf file or hub repository")
+    offline: bool = Field(
+        False, description=f"fetch nothing: serve what is on this machine, without MODEL {OFFLINE_MODEL}"
+    )
     host: str = Field("127.0.0.1", description="address to listen on; the default is reachable from this machine only")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     root_path: str = Field("", description="path under which a reverse proxy publishes the server")
@@ -72,7 +78,9 @@ class Settings(BaseSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device to compute on")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field("auto", description="type of weights and KV")
-    quantization: Literal["int8"] | None = Field(None, description="quantise the weights while loading")
+    quantization: Literal["int8", "int8-safe"] | None = Field(
+        None, description="quantise the weights while loading; int8-safe is nearer to bfloat16"
+    )
     max_model_len: int | None = Field(None, ge=1, description="context length; default: the model's, if memory allows")
     max_num_seqs: int = Field(256, ge=1, le=4096, description="most sequences that share a step")
     max_num_batched_tokens: int | None = Field(
@@ -154,10 +162,13 @@ def load_settings(**flags: object) -> Settings:
     if unknown:
         raise ConfigurationError(f"unknown variable {unknown[0]}: unset it; `headwater serve --help` lists them")
     try:
-        return Settings(**flags)  # type: ignore[arg-type]  # pydantic checks the values
+        settings = Settings(**flags)  # type: ignore[arg-type]  # pydantic checks the values
     except ValidationError as error:
         lines = [f"{_flag(detail['loc'])}: {detail['msg']}, got {detail['input']!r}" for detail in error.errors()]
         raise ConfigurationError("\n".join(lines)) from None
+    if settings.offline and "model" not in settings.model_fields_set:
+        return settings.model_copy(update={"model": OFFLINE_MODEL})
+    return settings
 
 
 def _flag(location: tuple[int | str, ...]) -> str:

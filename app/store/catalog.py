@@ -39,6 +39,8 @@ class CatalogEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     default: bool = False
     pip: PipSource | None = None
     hub: HubSource | None = None
+    folder: str | None = None
+    """Name of a folder beside the catalogue: a model that comes with Headwater and needs no network."""
 
 
 class _Catalog(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,8 +66,8 @@ def catalogue(path: Path | None = None) -> dict[str, CatalogEntry]:
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigurationError(f"the model catalogue {location} cannot be read: {error}") from error
     for name, entry in catalog.models.items():
-        if (entry.pip is None) == (entry.hub is None):
-            raise ConfigurationError(f"the model catalogue {location} must give {name} one source, pip or hub")
+        if sum(source is not None for source in (entry.pip, entry.hub, entry.folder)) != 1:
+            raise ConfigurationError(f"the model catalogue {location} must give {name} one source: pip, hub or folder")
     if sum(entry.default for entry in catalog.models.values()) != 1:
         raise ConfigurationError(f"the model catalogue {location} must have exactly one default model")
     return catalog.models

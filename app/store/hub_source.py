@@ -47,12 +47,19 @@ class FetchedRevision(msgspec.Struct, frozen=True):
 
 
 def fetch_repository(
-    source: HubSource, staging: Path, downloads: Path, *, licence: str | None, report: Report
+    source: HubSource,
+    staging: Path,
+    downloads: Path,
+    *,
+    licence: str | None,
+    is_offline: bool = False,
+    report: Report,
 ) -> FetchedRevision:
     """Fill `staging` with the files of a repository, from huggingface_hub's cache or the hub itself.
 
     Args:
         licence: known beforehand; else the hub's own word is reported.
+        is_offline: the hub may not be asked, whatever HF_HUB_OFFLINE says.
 
     Raises:
         ConfigurationError: it cannot be had, or is not a model that can be served.
@@ -63,10 +70,11 @@ def fetch_repository(
     if local is not None:
         report(f"taking {repository} from huggingface_hub's cache")
         return _take_snapshot(local, staging, pinned=source.sha256, licence=licence)
-    if settings.is_offline:
+    if is_offline or settings.is_offline:
+        who = "--offline" if is_offline else "HF_HUB_OFFLINE"
         raise ConfigurationError(
-            f"{repository} is neither in Headwater's cache nor in huggingface_hub's, and HF_HUB_OFFLINE forbids "
-            "fetching it; unset it and run `headwater pull`, or serve a folder or .gguf file that you have"
+            f"{repository} is neither in Headwater's cache nor in huggingface_hub's, and {who} forbids fetching it; "
+            "unset it and run `headwater pull`, or serve a folder or .gguf file that you have"
         )
     with Hub(settings) as hub:
         remote = hub.revision(repository, revision)

@@ -14,7 +14,7 @@ import msgspec
 
 from app.core.errors import ConfigurationError
 from app.store.cache import Manifest, Report, cache_root, ensure_folder, file_sha256, model_path, whole_folder
-from app.store.catalog import CatalogEntry, HubSource, PipSource, catalogue
+from app.store.catalog import CatalogEntry, HubSource, PipSource, catalog_path, catalogue
 from app.store.folder import ModelFolder, describe_folder, weight_files
 
 _REPOSITORY = re.compile(r"(?P<repository>[\w][\w.-]{0,95}/[\w][\w.-]{0,95})(@(?P<revision>[\w][\w./-]{0,127}))?")
@@ -37,12 +37,13 @@ class ModelListing(msgspec.Struct, frozen=True, kw_only=True):
     """What a first start fetches, where it is known."""
 
 
-def resolve(model: str, *, cache_dir: Path | None = None, report: Report) -> ModelFolder:
+def resolve(model: str, *, cache_dir: Path | None = None, is_offline: bool = False, report: Report) -> ModelFolder:
     """Find or make the canonical folder of `model`.
 
     Args:
         model: a catalogue name, a folder, a .gguf file or a hub repository.
         cache_dir: the cache's root; None: HEADWATER_CACHE, else the user's cache folder.
+        is_offline: take what is on this machine, and refuse what would have to be fetched.
         report: told in one line each what takes time, and the licence of what is fetched.
 
     Raises:
@@ -51,7 +52,7 @@ def resolve(model: str, *, cache_dir: Path | None = None, report: Report) -> Mod
     root = cache_root(cache_dir)
     entries = catalogue()
     if model in entries:
-        return _resolve_entry(model, entries[model], root, report=report)
+        return _resolve_entry(model, entries[model], root, is_offline=is_offline, report=report)
     path = Path(os.path.expanduser(model))
     if path.is_dir():
         return _resolve_directory(path.resolve(), root, report=report)
@@ -60,7 +61,7 @@ def resolve(model: str, *, cache_dir: Path | None = None, report: Report) -> Mod
     repository = _REPOSITORY.fullmatch(model)
     if repository and not model.endswith(".gguf"):
         source = HubSource(repository["repository"], repository["revision"] or "main")
-        return _resolve_repository(source, root, name=model, licence=None, report=report)
+        return _resolve_repository(source, root, name=model, licence=None, is_offline=is_offline, report=report)
     raise ConfigurationError(
         f"{model!r} is no folder, .gguf file or hub repository (owner/name), and not in the catalogue, "
         f"which has: {', '.join(entries)}"
@@ -87,9 +88,13 @@ def list_models(*, cache_dir: Path | None = None) -> list[ModelListing]:
 
 
 def _listing(name: str, entry: CatalogEntry, root: Path) -> ModelListing:
-    path = model_path(root, _entry_key(name, entry))
-    manifest = whole_folder(path)
-    cached_bytes = None if manifest is None else sum(file.bytes for file in manifest.files)
+    if entry.folder is None:
+        path = model_path(root, _entry_key(name, entry))
+        manifest = whole_folder(path)
+        num_bytes = None if manifest is None else sum(file.bytes for file in manifest.files)
+    else:
+        path = catalog_path().parent / entry.folder
+        num_bytes = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     return ModelListing(
         name=name,
         description=entry.description,
@@ -97,16 +102,21 @@ def _listing(name: str, entry: CatalogEntry, root: Path) -> ModelListing:
         context_length=entry.context_length,
         source=_entry_source(entry),
         is_default=entry.default,
-        is_cached=manifest is not None,
-        path=None if manifest is None else path,
-        num_bytes=cached_bytes,
+        is_cached=num_bytes is not None,
+        path=None if num_bytes is None else path,
+        num_bytes=num_bytes,
         download_bytes=None if entry.pip is None else entry.pip.bytes,
     )
 
 
-def _resolve_entry(name: str, entry: CatalogEntry, root: Path, *, report: Report) -> ModelFolder:
+def _resolve_entry(name: str, entry: CatalogEntry, root: Path, *, is_offline: bool, report: Report) -> ModelFolder:
+    if entry.folder is not None:
+        path = catalog_path().parent / entry.folder
+        return describe_folder(path, name=name, source=_entry_source(entry), licence=entry.licence)
     if entry.hub is not None:
-        return _resolve_repository(entry.hub, root, name=name, licence=entry.licence, report=report)
+        return _resolve_repository(
+            entry.hub, root, name=name, licence=entry.licence, is_offline=is_offline, report=report
+        )
     source = entry.pip
     if source is None:  # the catalogue has checked it
         raise ConfigurationError(f"{name} has no source in the catalogue")
@@ -114,6 +124,11 @@ def _resolve_entry(name: str, entry: CatalogEntry, root: Path, *, report: Report
     def make(staging: Path, downloads: Path) -> tuple[Manifest, Mapping[str, str]]:
         from app.store.pip_source import fetch_member
 
+        if is_offline:
+            raise ConfigurationError(
+                f"{name} is not in the cache, and fetching it is forbidden (--offline); run `headwater pull {name}` "
+                "where there is a network"
+            )
         member = fetch_member(source, downloads, report=report)
         report(f"licence of {name}: {entry.licence}")
         digests = _convert(member, staging, report=report)
@@ -165,12 +180,12 @@ def _resolve_directory(path: Path, root: Path, *, report: Report) -> ModelFolder
 
 
 def _resolve_repository(
-    source: HubSource, root: Path, *, name: str, licence: str | None, report: Report
+    source: HubSource, root: Path, *, name: str, licence: str | None, is_offline: bool, report: Report
 ) -> ModelFolder:
     def make(staging: Path, downloads: Path) -> tuple[Manifest, Mapping[str, str]]:
         from app.store.hub_source import fetch_repository
 
-        fetched = fetch_repository(source, staging, downloads, licence=licence, report=report)
+        fetched = fetch_repository(source, staging, downloads, licence=licence, is_offline=is_offline, report=report)
         describe_folder(staging, name=name, source=source.repository)  # what cannot be served does not enter the cache
         manifest = Manifest(
             name=name, source=f"{source.repository} on the hub", revision=fetched.commit, licence=fetched.licence
@@ -215,6 +230,8 @@ def repository_key(source: HubSource) -> str:
 
 
 def _entry_source(entry: CatalogEntry) -> str:
+    if entry.folder is not None:
+        return "comes with Headwater"
     if entry.pip is not None:
         return f"{entry.pip.requirement} on the package index, {Path(entry.pip.member).name}"
     return f"{entry.hub.repository} on the hub" if entry.hub is not None else "unknown"
