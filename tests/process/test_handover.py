@@ -52,6 +52,7 @@ async def test_five_kills_change_no_token() -> None:
         tasks = [asyncio.create_task(a.fill(client, each)) for a, each in zip(answers, asked, strict=True)]
         for round_number in range(1, 6):
             await until(lambda n=round_number: min(len(a.token_ids) for a in answers) >= 25 * n)  # type: ignore[misc]
+            await until_ready(client)  # a generation begins before there is a process to hurt
             hurt(client, signal.SIGKILL)
             await until(lambda n=round_number: client.status.generation > n)  # type: ignore[misc]
         await asyncio.gather(*tasks)
