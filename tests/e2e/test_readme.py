@@ -1,6 +1,6 @@
-"""What README tells people to paste does what it says: each block marked as tested is run as it stands.
+"""What README and the tutorial tell people to paste does what it says: each block marked as tested is run as it stands.
 
-Only the port differs: tests take a free one.
+Only the port differs: tests take a free one. README.zh-CN.md has the blocks of README (tests/unit/test_docs_readme.py).
 """
 
 import json
@@ -16,12 +16,13 @@ from tests.e2e.serving import serve_default_model
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"<!-- tested -->\n```(\w+)\n(.*?)```", re.DOTALL)
+PAGES = ("README.md", "docs/tutorial.md")
 README_URL = "http://127.0.0.1:8000"
 
 
-def blocks() -> list[tuple[str, str]]:
+def blocks(page: str = "README.md") -> list[tuple[str, str]]:
     """Language and text of each block to run."""
-    return BLOCK.findall((ROOT / "README.md").read_text())
+    return BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,9 @@ def streamed_text(events: str) -> str:
     return "".join(chunk["choices"][0]["text"] for chunk in chunks)
 
 
-def test_readme_has_blocks_to_run() -> None:
-    assert [language for language, _ in blocks()] == ["sh", "python", "sh"]
+@pytest.mark.parametrize("page", PAGES)
+def test_the_page_has_blocks_to_run(page: str) -> None:
+    assert [language for language, _ in blocks(page)] == ["sh", "python", "sh"]
 
 
 def test_the_curl_example_streams(url: str) -> None:
@@ -65,8 +67,15 @@ def test_a_stream_outlives_its_engine(url: str) -> None:
     assert len(streamed_text(run_block(*blocks()[2], url)).split()) >= 50
 
 
+def test_the_tutorial_does_what_it_says(url: str) -> None:
+    curl, client, kill = blocks("docs/tutorial.md")
+    assert streamed_text(run_block(*curl, url)) == streamed_text(run_block(*curl, url))
+    assert run_block(*client, url).strip()
+    assert kill == blocks()[2]
+
+
 def test_the_default_model_is_the_one_of_the_examples(url: str) -> None:
     from app.store import default_model
 
-    assert all(default_model() in text for _, text in blocks())
+    assert all(default_model() in text for page in PAGES for _, text in blocks(page))
     assert f"serves it on {README_URL.removeprefix('http://')}" in (ROOT / "README.md").read_text()
