@@ -28,6 +28,7 @@ from loadtest.run import RunConfig
 
 QUICK_ROUNDS = 3
 FULL_ROUNDS = 5
+BUSY_LOAD = 0.5
 CHECKED_LOADS = ("8:128/64", "32:128/64")
 RESULTS = Path("loadtest/results")
 PAGE = Path("docs/benchmarks.md")
@@ -76,9 +77,11 @@ def run(options: Options, say: Callable[[str], None]) -> int:
         if num_rounds < 1:
             raise ValueError(f"--rounds is {num_rounds}; give at least 1")
         machine = this_machine()
+        # A folder that was named is somebody's trial: the page shows this machine's own.
+        page = PAGE if options.output is None and PAGE.exists() else None
         results = Results(options.output if options.output is not None else RESULTS / f"compare-{machine.slug}")
         if options.report:
-            say(_report(results))
+            say(write_report(results, peer_table(), page=page))
             return 0
         model = resolve(default_model(), report=say)
         places = Places(peers=options.peers_dir, model=model.path, model_name=model.name)
@@ -88,15 +91,18 @@ def run(options: Options, say: Callable[[str], None]) -> int:
         results.keep_machine(machine)
         # The server under measurement must end with us.
         signal.signal(signal.SIGTERM, _interrupt)
+        _warn_if_busy(say)
         if options.check_client:
-            return _check_client(results, places, select(options.workloads or CHECKED_LOADS), say)
-        _prepare(peers, model, places, say)
-    except (ValueError, ConfigurationError) as error:
+            _check_client(results, places, select(options.workloads or CHECKED_LOADS), say)
+            is_whole = True
+        else:
+            _prepare(peers, model, places, say)
+            comparison = Comparison(results, places, workloads, is_quick=options.quick, say=say)
+            is_whole = comparison.run(peers, num_rounds)
+        say(write_report(results, peer_table(), page=page))
+    except (ValueError, ConfigurationError, ServerFailed) as error:
         sys.stderr.write(f"loadtest: {error}\n")
         return 2
-    comparison = Comparison(results, places, workloads, is_quick=options.quick, say=say)
-    is_whole = comparison.run(peers, num_rounds)
-    say(_report(results))
     return 0 if is_whole else 1
 
 
@@ -240,33 +246,29 @@ def _prepare(peers: Sequence[Peer], model: ModelFolder, places: Places, say: Cal
         prepare_ggufs(model, places.peers, report=say)
 
 
-def _check_client(results: Results, places: Places, workloads: Sequence[Workload], say: Callable[[str], None]) -> int:
+def _check_client(results: Results, places: Places, workloads: Sequence[Workload], say: Callable[[str], None]) -> None:
     peer, port = next(peer for peer in peer_table() if peer.is_ours), free_port()
     tool, log = places.fill(BENCH_CLIENT), places.peers / "logs" / f"{peer.name}.log"
     if not Path(tool).exists():
         raise ValueError(f"there is no {tool}, the other client; see {PAGE}")
-    try:
-        with Server(places.command(peer, port=port), environment={}, port=port, log=log) as server:
-            server.wait_ready({}, timeout_s=peer.ready_timeout_s)
-            turns = check(
-                workloads,
-                url=server.url,
-                tool=Path(tool),
-                model_name=places.model_name,
-                tokenizer=places.model,
-                say=say,
-            )
-    except ServerFailed as error:
-        say(f"the clients cannot be compared: {error}")
-        return 1
+    with Server(places.command(peer, port=port), environment={}, port=port, log=log) as server:
+        server.wait_ready({}, timeout_s=peer.ready_timeout_s)
+        turns = check(
+            workloads,
+            url=server.url,
+            tool=Path(tool),
+            model_name=places.model_name,
+            tokenizer=places.model,
+            say=say,
+        )
     results.keep_turns(turns)
-    say(_report(results))
-    return 0
+
+
+def _warn_if_busy(say: Callable[[str], None]) -> None:
+    busy = os.getloadavg()[0]
+    if busy > BUSY_LOAD:
+        say(f"the load average is {busy:.1f}: something else runs here, and figures will be worse and will spread")
 
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
-
-
-def _report(results: Results) -> str:
-    return write_report(results, peer_table(), page=PAGE if PAGE.exists() else None)
