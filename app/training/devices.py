@@ -9,11 +9,6 @@ import torch
 from app.training.recipe import TrainTable
 
 
-def choose_device() -> torch.device:
-    """The first CUDA device, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def choose_dtype(train: TrainTable, device: torch.device) -> torch.dtype:
     """bfloat16 where the device multiplies it in hardware, unless the recipe says otherwise."""
     if train.dtype != "auto":

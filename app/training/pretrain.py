@@ -5,6 +5,7 @@ one that was not. SIGTERM and Ctrl-C end the run after the step at hand, with a 
 """
 
 import math
+import os
 import shutil
 import signal
 import time
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 
 from app.core.errors import ConfigurationError
 from app.training.checkpoint import Checkpoint, CheckpointState, last_checkpoint, load_checkpoint, save_checkpoint
-from app.training.devices import autocast, choose_device, choose_dtype
+from app.training.devices import autocast, choose_dtype
 from app.training.errors import TrainingStopped
 from app.training.export import export_model
 from app.training.metrics import MetricsFile
@@ -36,16 +37,20 @@ from app.training.samples import sample_text
 from app.training.schedule import learning_rate
 from app.training.shards import Shards, open_shards
 from app.training.tokenizer import END, START, load_tokenizer, special_id
+from app.training.workers import Workers, join_workers
 
 _EVALUATION_ROWS = 8
 """In one forward pass."""
+ALONE = Workers(0, 1, torch.device("cpu"))
+"""One process on the CPU."""
 
 
 def pretrain(recipe: Recipe) -> Path | None:
     """Train to the recipe's last step, from the run folder's last checkpoint if it has one.
 
     Returns:
-        The folder of the finished model; None where the run was asked to stop before its end.
+        The folder of the finished model; None where the run was asked to stop before its end, and in each process
+        but the first.
 
     Raises:
         ConfigurationError: the recipe, its data and what is in the run folder do not fit.
@@ -53,12 +58,13 @@ def pretrain(recipe: Recipe) -> Path | None:
     """
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    run = open_run(recipe)
-    with run_display(steps=recipe.train.steps, done=run.step) as display:
-        display.line(run.describe())
-        with _stop_signals(run):
-            _train(run, display)
-    return _finish(run, display)
+    with join_workers() as workers:
+        run = open_run(recipe, workers=workers)
+        with run_display(steps=recipe.train.steps, done=run.step, is_shown=workers.is_first) as display:
+            display.line(run.describe())
+            with _stop_signals(run):
+                _train(run, display)
+        return _finish(run, display)
 
 
 @dataclass(kw_only=True)
@@ -70,7 +76,7 @@ class Run:
     tokenizer: tokenizers.Tokenizer
     model: PreTrainedModel
     optimizer: torch.optim.AdamW
-    device: torch.device
+    workers: Workers
     dtype: torch.dtype
     rows: PackedRows
     heldout: PackedRows
@@ -86,6 +92,11 @@ class Run:
     def folder(self) -> Path:
         """Of the run."""
         return Path(self.recipe.run.folder)
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process."""
+        return self.workers.device
 
     @property
     def elapsed(self) -> float:
@@ -105,11 +116,21 @@ class Run:
         )
 
 
-def open_run(recipe: Recipe) -> Run:
-    """Open the data, build the model, and put back the last checkpoint."""
+def open_run(recipe: Recipe, *, workers: Workers = ALONE) -> Run:
+    """Open the data, build the model, and put back the last checkpoint.
+
+    Raises:
+        ConfigurationError: the data, the recipe, the run folder or the number of processes do not fit.
+    """
+    share = recipe.train.accumulation * workers.count
+    if recipe.train.rows_per_step % share:
+        raise ConfigurationError(
+            f"train.rows_per_step {recipe.train.rows_per_step} is no multiple of {workers.count} processes times "
+            f"train.accumulation {recipe.train.accumulation}"
+        )
     shards = open_shards(Path(recipe.data))
     tokenizer = load_tokenizer(shards.folder)
-    device = choose_device()
+    device = workers.device
     seed, context = recipe.train.seed, recipe.model.context
     model = build_model(
         recipe.model,
@@ -118,10 +139,11 @@ def open_run(recipe: Recipe) -> Run:
         end_id=special_id(tokenizer, END),
         seed=seed,
     ).to(device)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + workers.rank)  # each process drops out units of its own
     optimizer = make_optimizer(model, recipe.train)
     folder = Path(recipe.run.folder)
-    _make_folder(folder, recipe)
+    if workers.is_first:
+        _make_folder(folder, recipe)
     rows, heldout = (PackedRows(split, context=context, seed=seed) for split in (shards.train, shards.heldout))
     step, seconds = _restore(model, optimizer, shards, recipe)
     return Run(
@@ -130,11 +152,11 @@ def open_run(recipe: Recipe) -> Run:
         tokenizer=tokenizer,
         model=model,
         optimizer=optimizer,
-        device=device,
+        workers=workers,
         dtype=choose_dtype(recipe.train, device),
         rows=rows,
         heldout=heldout,
-        metrics=MetricsFile(folder / "metrics.jsonl", resumed_step=step),
+        metrics=MetricsFile(folder / "metrics.jsonl" if workers.is_first else Path(os.devnull), resumed_step=step),
         step=step,
         seconds=seconds,
     )
@@ -146,11 +168,12 @@ def train_step(run: Run) -> tuple[float, float]:
     Raises:
         TrainingStopped: the loss or the norm is no finite number; the weights are those before the step.
     """
-    train = run.recipe.train
-    count = train.rows_per_step // train.accumulation
+    train, workers = run.recipe.train, run.workers
+    count = train.rows_per_step // train.accumulation // workers.count
     first = run.step * train.rows_per_step
-    pieces = [run.rows.rows(first + index * count, count) for index in range(train.accumulation)]
-    num_labels = sum(int((piece.labels != NO_LABEL).sum()) for piece in pieces)
+    own = first + workers.rank * count * train.accumulation
+    pieces = [run.rows.rows(own + index * count, count) for index in range(train.accumulation)]
+    (num_labels,) = workers.sum([float(sum((piece.labels != NO_LABEL).sum() for piece in pieces))])
     rate = learning_rate(train.schedule, run.step, steps=train.steps)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -161,6 +184,9 @@ def train_step(run: Run) -> tuple[float, float]:
         piece_loss = summed_loss(logits, piece) / num_labels
         piece_loss.backward()
         loss += float(piece_loss.detach())
+    workers.sum_gradients(run.model.parameters())
+    loss, num_stopping = workers.sum([loss, float(run.is_stopping)])
+    run.is_stopping = num_stopping > 0  # all of them end after the same step
     norm = float(nn.utils.clip_grad_norm_(run.model.parameters(), train.clip_norm))
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise _not_finite(run, loss=loss, first=first)
@@ -187,7 +213,7 @@ def heldout_loss(run: Run) -> float:
 
 
 def save(run: Run) -> Path:
-    """Write a checkpoint of the run as it is."""
+    """Write a checkpoint of the run as it is. Raises TrainingStopped where that fails."""
     state = CheckpointState(
         step=run.step,
         seconds=run.elapsed,
@@ -212,7 +238,7 @@ def _train(run: Run, display: RunDisplay) -> None:
     table, steps = run.recipe.run, run.recipe.train.steps
     tokens_per_step = run.recipe.train.rows_per_step * run.recipe.model.context
     mark, mark_step, saved_step = time.monotonic(), run.step, run.step
-    if run.step == 0:
+    if run.step == 0 and run.workers.is_first:
         _evaluate(run, display)
     while run.step < steps and not run.is_stopping:
         loss, norm = train_step(run)
@@ -223,19 +249,29 @@ def _train(run: Run, display: RunDisplay) -> None:
             figures = _log_step(run, loss=loss, norm=norm, tokens_per_second=rate)
             mark, mark_step = now, run.step
         display.step(run.step, figures=figures)
-        if run.step % table.evaluate_every == 0 or run.step == steps:
-            _evaluate(run, display)
-        if run.step % table.sample_every == 0 or run.step == steps:
-            _sample(run, display)
-        if run.step % table.checkpoint_every == 0:
-            save(run)
-            saved_step = run.step
-    if run.step != saved_step:
+        if run.workers.is_first:
+            saved_step = _after_step(run, display, saved_step=saved_step)
+    if run.step != saved_step and run.workers.is_first:
         save(run)
+
+
+def _after_step(run: Run, display: RunDisplay, *, saved_step: int) -> int:
+    """What the first process does every so many steps; returns the step of the last checkpoint."""
+    table, is_last = run.recipe.run, run.step == run.recipe.train.steps
+    if run.step % table.evaluate_every == 0 or is_last:
+        _evaluate(run, display)
+    if run.step % table.sample_every == 0 or is_last:
+        _sample(run, display)
+    if run.step % table.checkpoint_every:
+        return saved_step
+    save(run)
+    return run.step
 
 
 def _finish(run: Run, display: RunDisplay) -> Path | None:
     run.metrics.close()
+    if not run.workers.is_first:
+        return None
     write_report(run.folder)
     if run.step < run.recipe.train.steps:
         display.line(f"stopped after step {run.step}; the same command goes on from there")

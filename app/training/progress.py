@@ -36,9 +36,9 @@ class RunDisplay:
 
 
 @contextmanager
-def run_display(*, steps: int, done: int) -> Iterator[RunDisplay]:
+def run_display(*, steps: int, done: int, is_shown: bool = True) -> Iterator[RunDisplay]:
     """Show a bar for the length of a run."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not is_shown)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

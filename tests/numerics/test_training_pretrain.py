@@ -216,3 +216,20 @@ def test_sigterm_ends_a_run_with_a_checkpoint(root: Path) -> None:
     path = last_checkpoint(root / "term-run" / "checkpoints")
     assert path is not None
     assert f"stopped after step {int(path.name.removeprefix('step-'))}" in errors
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(root: Path) -> None:
+    assert pretrain(toy_recipe(root, name="one")) is not None
+    recipe = write_recipe(root, name="two")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "app.cli", "pretrain", str(recipe)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("serve it with") == 1
+    assert losses(root, "two") == pytest.approx(losses(root, "one"), rel=1e-4)
