@@ -48,6 +48,6 @@ def test_figures_are_the_same() -> None:
     """Of two digits or more, such as ports and sizes: small numbers are spelt out."""
 
     def figures(text: str) -> set[str]:
-        return set(re.findall(r"\d{2,}(?:[.:]\d+)*", FENCE.sub("", text)))
+        return set(re.findall(r"\d+(?:[.:]\d+)+|\d{2,}", FENCE.sub("", text)))
 
     assert figures(CHINESE) == figures(ENGLISH)
