@@ -98,8 +98,8 @@ def _kills(kills: list[Trial], streams: list[Trial]) -> str:
         "## `kill -9` under live streams\n",
         "Back to back, at random steps; each kill waits until every stream that was live has gone on. Pauses are",
         "seen by the clients, from the kill to the next event: of the first stream, and of the last. On a shared",
-        "machine the suite runs at low priority beside other work, which stretches them. The plan asks for 400 kills on",
-        "the scripted tier and 100 on the default model.\n",
+        "machine the suite runs at low priority beside other work, which stretches them. The plan asks for 400 kills",
+        "on the scripted tier and 100 on the default model.\n",
         "| tier | kills | wrong | first p50 | p99 | max | last p50 | p99 | max |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
