@@ -102,8 +102,8 @@ class SequenceText:
         for count, token_id in enumerate(shown, start=1):
             piece = self._detokenizer.push((token_id,))
             if self.num_output_tokens + count <= self._min_tokens:
-                # Text before min_tokens is released as it comes: a stop string cannot begin in it.
-                parts.append(piece)
+                # No stop string ends before min_tokens; one that begins before it may end behind it.
+                parts.append(matcher.pass_over(piece))
                 continue
             step = matcher.push(piece)
             parts.append(step.text)

@@ -158,11 +158,8 @@ def check_token_ids(token_ids: Iterable[int], *, field: str, vocab_size: int) ->
 
 def check_text_size(texts: Sequence[str], tokenizer: Tokenizer, *, field: str, max_tokens: int) -> None:
     """Refuse a text that cannot fit, by its bytes, before any time goes into tokenizing it."""
-    if tokenizer.may_shrink_text:
-        return
-    most = (max_tokens + 1) * tokenizer.max_token_bytes
     for text in texts:
-        if len(text) > most or len(text.encode()) > most:
+        if tokenizer.least_num_tokens(text) > max_tokens:
             raise InvalidRequest(
                 f"`{field}` holds a text of {len(text)} characters, which cannot fit into "
                 f"the context of {max_tokens} tokens.",

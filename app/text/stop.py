@@ -46,6 +46,13 @@ class StopMatcher:
                 longest_open = tracker.num_matched
         return self._release(text, end, longest_open)
 
+    def pass_over(self, text: str) -> str:
+        """Take text in which nothing may end; a stop string that begins in it may still end behind it."""
+        for tracker in self._trackers:
+            tracker.pass_over(text)
+        longest_open = max((tracker.num_matched for tracker in self._trackers), default=0)
+        return self._release(text, len(text), longest_open).text
+
     def finish(self) -> str:
         """The text held back, when the stream ends without a stop string."""
         held, self._held = self._held, ""
@@ -95,6 +102,15 @@ class _StopTracker:
                 borders.append(self._next_border())
         self.num_matched = matched
         return None
+
+    def pass_over(self, text: str) -> None:
+        """Read all of the text; a whole stop string in it is only the beginning of the next one."""
+        start = 0
+        while (found := self.advance(text[start:], len(text) - start)) is not None:
+            start += found
+            if self.num_matched == len(self._borders):
+                self._borders.append(self._next_border())
+            self.num_matched = self._borders[self.num_matched]
 
     def _next_border(self) -> int:
         stop, borders = self.stop, self._borders

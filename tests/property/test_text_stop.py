@@ -54,3 +54,29 @@ def test_only_what_could_become_a_stop_string_waits(text: str, stops: tuple[str,
         prefixes = {stop[:size] for stop in stops for size in range(1, len(stop))}
         held = max((len(prefix) for prefix in prefixes if text[:end].endswith(prefix)), default=0)
         assert len(released) == end - held
+
+
+@settings(max_examples=400, deadline=None)
+@given(TEXT, STOPS, st.integers(0, 20), st.lists(st.integers(0, 40), max_size=10), st.booleans())
+@example("aaaa", ("aa",), 3, [], False)
+@example("abab", ("aba",), 3, [1, 2], False)
+@example("abXY", ("bX",), 2, [], False)
+def test_what_ends_in_the_passed_part_is_no_end_and_what_reaches_out_of_it_is_one(
+    text: str, stops: tuple[str, ...], passed: int, cuts: list[int], include_stop: bool
+) -> None:
+    passed = min(passed, len(text))
+    matcher = StopMatcher(stops, include_stop)
+    released = "".join(matcher.pass_over(char) for char in text[:passed])
+    other = StopMatcher(stops, include_stop)
+    assert other.pass_over(text[:passed]) == released
+    matched = None
+    for char in text[passed:]:
+        step = matcher.push(char)
+        released, matched = released + step.text, step.matched
+    ends = [end for end in range(passed + 1, len(text) + 1) if text[:end].endswith(stops)] if stops else []
+    if not ends:
+        assert (released + matcher.finish(), matched) == (text, None)
+        return
+    longest = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len)
+    assert matched == longest
+    assert released == text[: ends[0] if include_stop else ends[0] - len(longest)]

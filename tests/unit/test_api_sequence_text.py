@@ -103,3 +103,15 @@ def test_the_token_that_ends_a_grammar_is_text() -> None:
     empty = make(CompletionRequest(prompt="x"))
     delta = empty.feed(EngineOutput("r", (), finish_reason=FinishReason.STOP))
     assert delta is not None and (delta.text, delta.finish_reason) == ("", FinishReason.STOP)
+
+
+@pytest.mark.parametrize("sizes", [[1], [2], [100]])
+@pytest.mark.parametrize(
+    ("stop", "min_tokens", "expected"),
+    [("c d", 3, "ab"), ("c d", 5, "abc de"), ("b", 2, "abc de"), ("bc", 2, "a"), ("e", 5, "abc d"), ("e", 6, "abc de")],
+)
+def test_a_stop_string_ends_behind_min_tokens(sizes: list[int], stop: str, min_tokens: int, expected: str) -> None:
+    """Where it begins does not matter: it is held back from its first character on."""
+    ids = tuple(byte_level().encode_now(char, False)[0] for char in "abc de")
+    deltas = run(make(CompletionRequest(prompt="x", stop=stop), min_tokens), sizes, (*ids, END))
+    assert "".join(delta.text for delta in deltas) == expected

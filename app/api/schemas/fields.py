@@ -97,7 +97,12 @@ COMPLETIONS = FieldTable(
     honoured=(
         Honoured("prompt", "required", "string, strings, token ids, or lists of ids; 1,024", "What to go on from."),
         Honoured("max_tokens", "16", "≥ 0; 0 with `echo` alone", "Most output tokens; the context may end earlier."),
-        Honoured("min_tokens", "0", "0 to `max_tokens`", "No EOS, stop token or stop string before this many tokens."),
+        Honoured(
+            "min_tokens",
+            "0",
+            "0 to `max_tokens`",
+            "No EOS or stop token, and no stop string's end, before this many tokens.",
+        ),
         Honoured("n", "1", "1 to 1,024; n × prompts ≤ 1,024", "Samples of each prompt; equal ones at temperature 0."),
         Honoured("echo", "false", "boolean", "Put the prompt before the output, in `logprobs` too."),
         Honoured("logprobs", "none", "0 to 20", "Log-probabilities of the output and of this many candidates."),
@@ -126,7 +131,12 @@ CHAT = FieldTable(
         Honoured("messages", "required", "at least one; see below", "The conversation, for the model's template."),
         Honoured("max_completion_tokens", "the rest of the context", "≥ 1", "Most output tokens."),
         Honoured("max_tokens", "the rest of the context", "≥ 1", "The same; `max_completion_tokens` goes before it."),
-        Honoured("min_tokens", "0", "0 to the limit", "No EOS, stop token or stop string before this many tokens."),
+        Honoured(
+            "min_tokens",
+            "0",
+            "0 to the limit",
+            "No EOS or stop token, and no stop string's end, before this many tokens.",
+        ),
         Honoured("n", "1", "1 to 1,024", "Answers; equal ones at temperature 0."),
         Honoured("logprobs", "false", "boolean", "Log-probabilities of the output, with the bytes of each token."),
         Honoured("top_logprobs", "0", "0 to 20; needs `logprobs`", "Show this many most likely tokens at each place."),
