@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from app.core.plan import RowStart
 from app.core.types import SamplingParams, TokenLogprobs
 from app.runner.sampling.changes import NO_CHANGES, LogitChanges
-from app.runner.sampling.draw import draw
+from app.runner.sampling.draw import draw, is_greedy
 from app.runner.sampling.errors import RowError
 from app.runner.sampling.logprobs import token_logprobs
 from app.runner.sampling.masks import NO_IDS, RowMasks, allowed_by
@@ -56,14 +56,28 @@ class RowSampler:
         if logits.shape != (self._vocab_size,):
             raise ValueError(f"logits have shape {logits.shape}; give ({self._vocab_size},)")
         changed = self.changes().apply(logits)
-        if mask is not None:
-            changed = np.where(allowed_by(mask, self._vocab_size), changed, np.float32(-np.inf))
-        self.check(float(logits.max()), float(changed.max()))
-        token_id = draw(changed, self.params, position)
+        if mask is None:
+            self.check(float(logits.max()), float(changed.max()))
+            token_id = draw(changed, self.params, position)
+        else:
+            token_id = self._draw_allowed(logits, changed, mask, position)
         self.observe(token_id)
         if self.params.num_logprobs is None:
             return token_id, None
         return token_id, token_logprobs(logits, token_id, self.params.num_logprobs)
+
+    def _draw_allowed(
+        self, logits: NDArray[np.float32], changed: NDArray[np.float32], mask: NDArray[np.int32], position: int
+    ) -> int:
+        """Draw as if all other tokens were -inf, without a look at them: they are most of the vocabulary."""
+        best = int(changed.argmax())
+        if is_greedy(self.params) and mask[best // 32] >> (best % 32) & 1:
+            self.check(float(logits.max()), float(changed[best]))
+            return best
+        ids = np.flatnonzero(allowed_by(mask, self._vocab_size))
+        allowed = changed[ids]
+        self.check(float(logits.max()), float(allowed.max(initial=-np.inf)))
+        return int(ids[draw(allowed, self.params, position)])
 
     def check(self, largest_raw: float, largest_changed: float) -> None:
         """Raise RowError where no token can be drawn, judging by the largest raw and changed logit (NaN wins)."""

@@ -1,0 +1,143 @@
+"""`python -m loadtest.bench_grammar`: what constrained rows cost the batch that they are in.
+
+In one process, without HTTP: a scheduler, the native tier and the grammars of the engine. Rounds of decoding
+steps with 32 plain rows, 16 plain and 16 constrained ones, and 32 constrained ones take turns, so that a change of
+the machine's pace meets all three; the figure is the median step of each and the median over rounds of
+its ratio to the plain one. All rows are drawn with the same parameters and never end.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import msgspec
+
+from app.core.config import EngineConfig
+from app.core.types import EngineRequest, SamplingParams
+from app.engine.build import Engine, build_engine
+from app.grammar import source
+from app.store import list_models
+
+NUM_ROWS = 32
+MIXES = {"32 plain": 0, "16 plain + 16 grammar": 16, "32 grammar": 32}
+RECORD = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "kind": {"enum": ["first", "second", "third"]},
+        "amount": {"type": "number"},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 3},
+    },
+    "required": ["name", "kind", "amount", "tags"],
+    "additionalProperties": False,
+}
+ENDLESS = {"type": "array", "items": RECORD, "minItems": 10_000}
+PROMPT_TOKENS = 64
+
+
+class Batch:
+    """One mix of rows, decoding for as long as it is asked to."""
+
+    def __init__(self, engine: Engine, *, num_grammars: int, temperature: float, max_tokens: int) -> None:
+        self._engine = engine
+        self._grammars = engine.grammars(lambda: None)
+        for index in range(NUM_ROWS):
+            self._add(_request(index, is_plain=index >= num_grammars, temperature=temperature, max_tokens=max_tokens))
+        self._wait_prepared(num_grammars)
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        began = time.perf_counter()
+        engine = self._engine
+        plan = engine.scheduler.schedule(began)
+        assert plan is not None
+        forward = engine.runner.forward(plan)
+        result = engine.runner.sample(plan, forward, self._grammars.masks(plan))
+        outputs = engine.scheduler.apply(plan, self._grammars.accept(plan, result), began)
+        assert all(output.finish_reason is None for output in outputs), outputs
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        """Abort all rows."""
+        request_ids = [str(index) for index in range(NUM_ROWS)]
+        self._engine.scheduler.abort(request_ids)
+        self._grammars.forget(request_ids)
+
+    def _add(self, request: EngineRequest) -> None:
+        assert self._engine.scheduler.add(request, 0.0) is None
+        self._grammars.begin(request)
+
+    def _wait_prepared(self, count: int) -> None:
+        while count:
+            for prepared in self._grammars.take_prepared():
+                assert prepared.error is None, prepared.error
+                self._engine.scheduler.admit_prepared(prepared.request_id)
+                count -= 1
+            time.sleep(0.001)
+
+
+def _request(index: int, *, is_plain: bool, temperature: float, max_tokens: int) -> EngineRequest:
+    params = SamplingParams(seed=index, max_tokens=max_tokens, temperature=temperature, ignore_eos=True)
+    if not is_plain:
+        params = msgspec.structs.replace(params, grammar=source.json_schema(ENDLESS))
+    prompt = tuple(1000 + (index * 131 + position * 17) % 20_000 for position in range(PROMPT_TOKENS))
+    return EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params)
+
+
+def _round(engine: Engine, num_grammars: int, options: argparse.Namespace) -> float:
+    """The median decoding step, in seconds."""
+    max_tokens = options.steps + options.warmups + PROMPT_TOKENS
+    batch = Batch(engine, num_grammars=num_grammars, temperature=options.temperature, max_tokens=max_tokens)
+    for _ in range(options.warmups):
+        batch.step()
+    times = [batch.step() for _ in range(options.steps)]
+    batch.close()
+    return median(times)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints a table; 0, or 1 where there is no model."""
+    options = _parser().parse_args(arguments)
+    folders = [options.model] if options.model else [model.path for model in list_models()]
+    if not folders:
+        sys.stderr.write("bench_grammar: no model is here; name a folder\n")
+        return 1
+    config = EngineConfig(
+        model_dir=str(folders[0]),
+        tier="native",
+        max_num_seqs=NUM_ROWS,
+        kv_cache_bytes=1 << 29,
+        enable_prefix_caching=False,
+    )
+    engine = build_engine(config)
+    rounds: dict[str, list[float]] = {name: [] for name in MIXES}
+    for _ in range(options.rounds):
+        for name, num_grammars in MIXES.items():
+            rounds[name].append(_round(engine, num_grammars, options))
+    _show(rounds)
+    engine.runner.close()
+    return 0
+
+
+def _show(rounds: dict[str, list[float]]) -> None:
+    plain = rounds["32 plain"]
+    for name, seconds in rounds.items():
+        ratio = median(one / base for one, base in zip(seconds, plain, strict=True))
+        sys.stdout.write(f"{name:24} step p50 {median(seconds) * 1e3:7.2f} ms   {100 * (ratio - 1):+6.1f} %\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m loadtest.bench_grammar", description=__doc__)
+    parser.add_argument("--model", type=Path, help="model folder; default: the first one of the cache")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=60, help="timed decoding steps of each round")
+    parser.add_argument("--warmups", type=int, default=12, help="steps before them, prefill included")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
