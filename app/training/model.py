@@ -30,7 +30,7 @@ def build_model(table: ModelTable, *, vocab_size: int, start_id: int, end_id: in
     return model.train()
 
 
-def packed_logits(model: PreTrainedModel, rows: Rows, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+def packed_logits(model: nn.Module, rows: Rows, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Logits in which no token has seen another document.
 
     Args:

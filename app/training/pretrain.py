@@ -75,6 +75,8 @@ class Run:
     shards: Shards
     tokenizer: tokenizers.Tokenizer
     model: PreTrainedModel
+    forward: nn.Module
+    """The model as training steps call it: itself, or compiled."""
     optimizer: torch.optim.AdamW
     workers: Workers
     dtype: torch.dtype
@@ -151,6 +153,7 @@ def open_run(recipe: Recipe, *, workers: Workers = ALONE) -> Run:
         shards=shards,
         tokenizer=tokenizer,
         model=model,
+        forward=_compiled(model) if recipe.train.compile else model,
         optimizer=optimizer,
         workers=workers,
         dtype=choose_dtype(recipe.train, device),
@@ -160,6 +163,12 @@ def open_run(recipe: Recipe, *, workers: Workers = ALONE) -> Run:
         step=step,
         seconds=seconds,
     )
+
+
+def _compiled(model: PreTrainedModel) -> nn.Module:
+    compiled = torch.compile(model)
+    assert isinstance(compiled, nn.Module)
+    return compiled
 
 
 def train_step(run: Run) -> tuple[float, float]:
@@ -180,7 +189,7 @@ def train_step(run: Run) -> tuple[float, float]:
     loss, mixed = 0.0, autocast(run.dtype, run.device)
     for piece in pieces:
         with mixed():
-            logits = packed_logits(run.model, piece, device=run.device, dtype=run.dtype)
+            logits = packed_logits(run.forward, piece, device=run.device, dtype=run.dtype)
         piece_loss = summed_loss(logits, piece) / num_labels
         piece_loss.backward()
         loss += float(piece_loss.detach())

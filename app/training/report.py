@@ -7,7 +7,7 @@ from pathlib import Path
 
 from app.training.metrics import Record, read_metrics
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 560, 240, 62, 26, 12
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 560, 240, 66, 26, 12
 _MOST_POINTS = 600
 _PLOTS = (
     ("Loss, nats a token", ("loss", "heldout_loss")),
@@ -103,8 +103,8 @@ def _axes_and_lines(lines: dict[str, Points], *, is_logarithmic: bool) -> str:
         x, y = place(step, value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}"/>')
         shown = 10**value if is_logarithmic else value
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{shown:.4g}</text>')
-        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{step:.0f}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{shown:.3g}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="{'end' if tick == 4 else 'middle'}">{step:.0f}</text>')
     for index, (name, points) in enumerate(lines.items()):
         colour = _COLOURS[index % len(_COLOURS)]
         drawn = [place(step, scale(max(value, 1e-12)) if is_logarithmic else value) for step, value in points]
