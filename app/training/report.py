@@ -9,6 +9,7 @@ from app.training.metrics import Record, read_metrics
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 560, 240, 66, 26, 12
 _MOST_POINTS = 600
+_LAST_TICK = 4
 _PLOTS = (
     ("Loss, nats a token", ("loss", "heldout_loss")),
     ("Held-out perplexity", ("heldout_perplexity",)),
@@ -98,13 +99,14 @@ def _axes_and_lines(lines: dict[str, Points], *, is_logarithmic: bool) -> str:
         return x, y
 
     parts = []
-    for tick in range(5):
-        value, step = low + (high - low) * tick / 4, last_step * tick / 4
+    for tick in range(_LAST_TICK + 1):
+        value, step = low + (high - low) * tick / _LAST_TICK, last_step * tick / _LAST_TICK
         x, y = place(step, value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}"/>')
         shown = 10**value if is_logarithmic else value
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{shown:.3g}</text>')
-        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="{'end' if tick == 4 else 'middle'}">{step:.0f}</text>')
+        anchor = "end" if tick == _LAST_TICK else "middle"
+        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="{anchor}">{step:.0f}</text>')
     for index, (name, points) in enumerate(lines.items()):
         colour = _COLOURS[index % len(_COLOURS)]
         drawn = [place(step, scale(max(value, 1e-12)) if is_logarithmic else value) for step, value in points]
