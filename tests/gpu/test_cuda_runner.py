@@ -9,6 +9,7 @@ import torch
 
 from app.core.config import EngineConfig
 from app.core.errors import ConfigurationError
+from app.core.plan import RowStart
 from app.core.types import SamplingParams
 from app.runner.sampling import RowSampler
 from app.runner.sampling.philox import gumbel_noise as numpy_noise
@@ -81,3 +82,16 @@ def test_sampled_rows_repeat(tmp_path: Path) -> None:
     params = SamplingParams(seed=3, max_tokens=12, ignore_eos=True, top_p=0.9, num_logprobs=3)
     first, second = (Driver(runner).run(reference.prompts, params) for _ in range(2))
     assert first == second
+
+
+def test_masks_forbid_on_the_device() -> None:
+    vocab_size = 301
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn((3, vocab_size), generator=generator)
+    allowed = [np.arange(vocab_size) % 7 == 3, np.arange(vocab_size) == 300, None]
+    masks = [None if a is None else np.packbits(np.resize(a, 320), bitorder="little").view(np.int32) for a in allowed]
+    starts = RowStart("r", SamplingParams(seed=5, max_tokens=9, temperature=0.0), (1,), ())
+    requests = [DrawRequest(RowSampler(starts, vocab_size, ()), 1, mask) for mask in masks]
+    drawn = [one.token_id for one in draw_batch(logits.cuda(), requests)]
+    expected = [row if a is None else np.where(a, row, -np.inf) for row, a in zip(logits.numpy(), allowed, strict=True)]
+    assert drawn == [int(row.argmax()) for row in expected]

@@ -39,6 +39,7 @@ SKIPPED = "app.runner.torch,app.training"  # of training, what app.cli imports i
 HTTP = "fastapi,starlette,uvicorn,pydantic"
 ENGINE_SIDE = "app.engine,app.scheduler,app.kv,app.runner"
 API_SIDE = "app.api,app.client,app.text,app.store,app.main,app.settings"
+GRAMMARS_UNUSED = "app.grammar.source,app.grammar.check,app.grammar.constraints"
 
 
 @pytest.mark.parametrize(
@@ -47,11 +48,22 @@ API_SIDE = "app.api,app.client,app.text,app.store,app.main,app.settings"
         ("app", HEAVY),
         ("app.api,app.client,app.text,app.store", f"{HEAVY},{ENGINE_SIDE}"),
         ("app.engine,app.scheduler,app.kv,app.runner", f"{HEAVY},{API_SIDE},{HTTP},tokenizers,jinja2"),
-        ("app.core,app.kv,app.scheduler", f"{HEAVY},numpy,asyncio,app.ipc,app.runner"),
+        ("app.core,app.kv,app.scheduler", f"{HEAVY},numpy,asyncio,app.ipc,app.runner,app.grammar"),
+        ("app.grammar", f"{HEAVY},{ENGINE_SIDE},{API_SIDE},{HTTP},tokenizers"),
+        # Both processes import these; the library comes with the first grammar.
+        (GRAMMARS_UNUSED, "llguidance,numpy,app.grammar.compiler,app.grammar.matching"),
         # The engine is started before FastAPI is imported: that costs a good part of the start.
         ("app.client,app.ipc,app.core", f"{HEAVY},{HTTP},numpy"),
     ],
-    ids=["everything-but-torch-tiers", "api-process", "engine-process", "pure-decisions", "client"],
+    ids=[
+        "everything-but-torch-tiers",
+        "api-process",
+        "engine-process",
+        "pure-decisions",
+        "grammars",
+        "no-grammar",
+        "client",
+    ],
 )
 def test_importing_loads_nothing_forbidden(packages: str, forbidden: str) -> None:
     command = [sys.executable, "-W", "error", "-c", SCRIPT, packages, forbidden, SKIPPED]

@@ -70,6 +70,19 @@ def test_engine_end_refuses_what_is_no_message(pair: tuple[socket.socket, socket
         EngineEnd(theirs).receive(None)
 
 
+def test_a_wake_ends_a_wait_without_a_message(pair: tuple[socket.socket, socket.socket]) -> None:
+    engine = EngineEnd(pair[1])
+    waker = threading.Thread(target=engine.wake)
+    waker.start()
+    assert engine.receive(None) == []  # would wait for ever
+    waker.join()
+    engine.wake()
+    engine.wake()
+    assert engine.receive(60.0) == []  # a wake that came before the wait counts too
+    pair[0].sendall(encode_frame(add()))
+    assert engine.receive(60.0) == [add()]
+
+
 def test_sending_never_blocks_and_the_backlog_drains_in_order(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     engine = EngineEnd(theirs)
