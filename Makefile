@@ -2,6 +2,8 @@
 #   make serve          install what is missing, then serve the default model on 127.0.0.1:8000
 #   make test           install what tests need, run all that are not slow
 #   make check          lint, types, import contracts, docs
+#   make sanitize       the C kernels over random shapes, watched by ASan and UBSan
+#   make bench-kernels  each kernel against what this machine reads and computes at most
 PYTHON ?= python3
 VENV ?= .venv
 # Index of CPU wheels, tried first where no NVIDIA device answers. Empty: only your own pip.
@@ -17,11 +19,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOCKED := $(PIP) install --quiet --no-deps --require-hashes --requirement
 # setuptools warns at length about what an editable install is.
 EDITABLE := PYTHONWARNINGS=ignore $(PIP) install --quiet --no-deps --no-build-isolation --editable .
+SANITIZE := -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+# Tests of the kernels that import no torch.
+SANITIZED := $(addprefix tests/,numerics/test_native_shapes.py numerics/test_native_precision.py \
+	numerics/test_native_bits.py unit/test_native_runner.py unit/test_native_weights.py)
 # Tests never ask a model hub.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install install-dev test test-long coverage check format lock wheel gpu-report image clean
+.PHONY: help serve install install-dev test test-long coverage check sanitize bench-kernels format lock wheel gpu-report image clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -49,6 +55,15 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_docs.py
+
+# A build of their own in the cache folder; leaks are Python's to judge.
+sanitize: $(VENV)/.installed-dev
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 CC=$(CC) HEADWATER_KERNEL_FLAGS="$(SANITIZE)" \
+	$(PYTEST) -m "slow or not slow" --timeout=1800 $(SANITIZED) $(PYTEST_ARGS)
+
+bench-kernels: $(VENV)/.installed
+	$(BIN)/python -m loadtest.bench_kernels $(ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -102,7 +102,9 @@ class Bench:
         parts = [self._data[i * share : (i + 1) * share] for i in range(self.threads)]
         ops = peak(1, address(sinks[0])) * PEAK_ROUNDS * self.threads
         return Peaks(
-            bytes_per_second=share * 4 * self.threads
+            bytes_per_second=share
+            * 4
+            * self.threads
             / self._best(lambda: self._together(lambda i: read(address(parts[i]), share))),
             ops_per_second=ops / self._best(lambda: self._together(lambda i: peak(PEAK_ROUNDS, address(sinks[i])))),
         )

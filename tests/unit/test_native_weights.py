@@ -16,7 +16,7 @@ from app.runner.native.build import find_or_build
 from app.runner.native.families import read_shape
 from app.runner.native.levels import choose_level
 from app.runner.native.library import Library
-from app.runner.native.precision import precision_of
+from app.runner.native.precision import QUANTIZATIONS, Form, precision_of
 from app.runner.native.safetensors import read_tensors
 from app.runner.native.weights import ModelWeights, load_weights
 from tests.native_models import write_model
@@ -63,6 +63,16 @@ def test_int8_weights_are_within_half_a_step(tmp_path: Path) -> None:
     scale = output.scale[:192, None]
     assert np.all(np.abs(rows * scale - widen(np.ascontiguousarray(bf16(source)))) <= scale * 0.5001)
     assert np.array_equal(output.zero[:192], 128 * rows.astype(np.int32).sum(axis=1))
+
+
+def test_each_linear_has_the_form_that_the_precision_names(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    for name, precision in QUANTIZATIONS.items():
+        weights = packed(folder, quantization=name)
+        layer = weights.layers[0]
+        forms = (layer.qkv.form, layer.output.form, layer.gate_up.form, layer.down.form, weights.head.form)
+        assert forms == (precision.qkv, precision.output, precision.gate_up, precision.down, precision.head), name
+        assert (weights.head.weight.dtype == np.int8) == (weights.head.form is not Form.BF16)
 
 
 def bf16(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

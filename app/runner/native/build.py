@@ -32,6 +32,8 @@ COMMON_FLAGS = (
     "-Wall",
     "-Wextra",
 )
+KERNEL_FLAGS_VARIABLE = "HEADWATER_KERNEL_FLAGS"
+"""More compiler flags, for `make sanitize` alone: the library gets a name of its own."""
 REMEDY = "install gcc 12 or newer (or set CC), or use the wheel, which brings the kernels"
 
 _log = logging.getLogger(__name__)
@@ -94,7 +96,8 @@ def cache_folder() -> Path:
 
 
 def _flags(level: Level) -> tuple[str, ...]:
-    return (*COMMON_FLAGS, *level.compiler_flags, f'-DSIMD_HEADER="{level.header}"')
+    more = os.environ.get(KERNEL_FLAGS_VARIABLE, "").split()
+    return (*COMMON_FLAGS, *level.compiler_flags, f'-DSIMD_HEADER="{level.header}"', *more)
 
 
 def _compile(level: Level, target: Path, *, compiler: str) -> None:

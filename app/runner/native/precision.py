@@ -39,7 +39,7 @@ BFLOAT16 = Precision(qkv=Form.BF16, output=Form.BF16, gate_up=Form.BF16, down=Fo
 QUANTIZATIONS: Mapping[str, Precision] = {
     "int8": Precision(qkv=Form.INT8, output=Form.INT8, gate_up=Form.INT8, down=Form.INT8, head=Form.INT8),
     "int8-safe": Precision(
-        qkv=Form.INT8, output=Form.INT8, gate_up=Form.INT8, down=Form.INT8_WIDE, head=Form.INT8_WIDE
+        qkv=Form.INT8_WIDE, output=Form.INT8, gate_up=Form.INT8, down=Form.INT8_WIDE, head=Form.INT8_WIDE
     ),
 }
 """By the name that --quantization takes."""

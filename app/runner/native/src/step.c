@@ -10,6 +10,16 @@
 #include "linear.h"
 #include "pool.h"
 #include "rows.h"
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#define GAP 256 /* no man's land behind each buffer, where ASan sees an overrun */
+#define FORBID(p, bytes) ASAN_POISON_MEMORY_REGION(p, bytes)
+#define ALLOW(p, bytes) ASAN_UNPOISON_MEMORY_REGION(p, bytes)
+#else
+#define GAP 0
+#define FORBID(p, bytes) ((void)(p), (void)(bytes))
+#define ALLOW(p, bytes) ((void)(p), (void)(bytes))
+#endif
 
 #define ALIGN 64
 #define MXCSR_FLUSH 0x9fc0 /* default rounding, denormals are zero: the same on every thread */
@@ -45,13 +55,15 @@ static long widest(const hw_model *m) { return max2(max2(m->hidden_pad, m->act_p
 
 static void *carve(char **at, size_t bytes) {
     char *p = *at;
-    *at += (bytes + ALIGN - 1) / ALIGN * ALIGN;
+    *at += (bytes + ALIGN - 1) / ALIGN * ALIGN + GAP;
+    if (GAP && (uintptr_t)p >= 4096) FORBID(p + bytes, (size_t)(*at - p) - bytes); /* below: sizes alone, from NULL */
     return p;
 }
 
 /* Lay out the buffers of a step from `base`; returns the bytes used. */
 static size_t lay_out(hw_context *c, const hw_model *m, const hw_step *s, char *base) {
     char *at = base;
+    if (base) ALLOW(base, c->capacity);
     const size_t tokens = (size_t)s->num_tokens, logits = (size_t)s->num_logits;
     const size_t threads = (size_t)pool_threads(c->pool), rows = tokens > logits ? tokens : logits;
     c->residual = carve(&at, tokens * (size_t)m->hidden_pad * sizeof(float)); /* first: hw_score reads it again */
