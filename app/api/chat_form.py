@@ -37,9 +37,11 @@ from app.api.schemas.chat import (
 from app.api.schemas.decode import decode_struct
 from app.api.schemas.field_rules import UnknownFields
 from app.api.schemas.fields import CHAT
+from app.api.schemas.tools import CalledFunction, CalledFunctionDelta, ToolCall, ToolCallDelta
 from app.api.sequence_text import Delta, SequenceText
 from app.api.sse import DONE
-from app.core.types import EngineLimits, TokenLogprobs
+from app.api.tools import ToolPlan, ToolText, plan_tools
+from app.core.types import EngineLimits, FinishReason, TokenLogprobs
 from app.text.tokenizer import Tokenizer
 
 
@@ -62,12 +64,22 @@ class ChatEndpoint:
         request = decode_struct(body, ChatRequest, fields=fields)
         model = context.check_model(request.model)
         check_chat(request)
-        variables = sort_variables(request, require_template(context), unknown=unknown)
-        rendered = await render(request, fields["messages"], context, variables=variables)
-        generation = await prepare_chat(request, rendered, context, limits=limits, tenant=tenant)
+        template = require_template(context)
+        variables = sort_variables(request, template, unknown=unknown)
+        raw_tools = fields.get("tools")
+        plan = plan_tools(request, template, num_bytes=0 if raw_tools is None else len(bytes(raw_tools)))
+        rendered = await render(
+            request,
+            fields["messages"],
+            context,
+            variables=variables,
+            raw_tools=raw_tools if plan is not None else None,
+        )
+        forced = None if plan is None else plan.grammar
+        generation = await prepare_chat(request, rendered, context, limits=limits, tenant=tenant, forced=forced)
 
         def make_form(head: AnswerHead, texts: Sequence[SequenceText]) -> ChatForm:
-            return ChatForm(head, request, texts, tokenizer=context.tokenizer)
+            return ChatForm(head, request, texts, tokenizer=context.tokenizer, plan=plan)
 
         return Prepared(generation, model=model, make_form=make_form, ignored=variables.ignored)
 
@@ -76,8 +88,15 @@ class ChatForm:
     """One answer. Of a stream's chunks, what is the same in all of them is encoded once."""
 
     def __init__(
-        self, head: AnswerHead, request: ChatRequest, texts: Sequence[SequenceText], *, tokenizer: Tokenizer
+        self,
+        head: AnswerHead,
+        request: ChatRequest,
+        texts: Sequence[SequenceText],
+        *,
+        tokenizer: Tokenizer,
+        plan: ToolPlan | None = None,
     ) -> None:
+        """`plan`: how tools are served; None where none may be called."""
         self._head = head
         self._request = request
         self._texts = texts
@@ -88,6 +107,8 @@ class ChatForm:
         options = request.stream_options
         self._ends_with_usage = options is not None and bool(options.include_usage)
         self._with_usage = options is not None and bool(options.continuous_usage_stats)
+        self._tools = None if plan is None else [ToolText(plan) for _ in texts]
+        """Of each sequence."""
         self._is_plain = not (request.logprobs or request.return_token_ids or self._with_usage)
         self._chunk = ChatChunk(
             id=f"chatcmpl-{head.request_id}",
@@ -111,14 +132,15 @@ class ChatForm:
         if not self._begun[index]:
             self._begun[index] = True
             opening = self._opening(index)
-        if delta.finish_reason is None and self._is_plain:
+        if delta.finish_reason is None and self._is_plain and self._tools is None:
             content = self._encode(delta.text)
             return b'%b%b%d,"delta":{"content":%b%b' % (opening, self._before, index, content, self._after)
-        choice = ChatChunkChoice(index=index, delta=ChatDelta(content=delta.text))
+        choice = ChatChunkChoice(index=index, delta=self._delta(index, delta))
+        if choice.delta == ChatDelta() and self._is_plain and delta.finish_reason is None:
+            return opening  # text that may become a call is held back
         if delta.finish_reason is not None:
-            choice.finish_reason = delta.finish_reason.value
+            choice.finish_reason = self._finish_reason(index, delta)
             choice.stop_reason = delta.stop_reason
-            choice.delta = ChatDelta(content=delta.text) if delta.text else ChatDelta()
         if self._request.logprobs:
             choice.logprobs = self._logprobs([delta])
         if self._request.return_token_ids:
@@ -162,18 +184,53 @@ class ChatForm:
         return answer
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> ChatChoice:
-        last = deltas[-1]
+        message = self._message(index, deltas)
         choice = ChatChoice(
             index=index,
-            message=AssistantMessage(content="".join([self._echo(), *[delta.text for delta in deltas]])),
-            finish_reason="" if last.finish_reason is None else last.finish_reason.value,
-            stop_reason=last.stop_reason,
+            message=message,
+            finish_reason=self._finish_reason(index, deltas[-1]),
+            stop_reason=deltas[-1].stop_reason,
         )
         if self._request.logprobs:
             choice.logprobs = self._logprobs(deltas)
         if self._request.return_token_ids:
             choice.token_ids = [token_id for delta in deltas for token_id in delta.token_ids]
         return choice
+
+    def _message(self, index: int, deltas: Sequence[Delta]) -> AssistantMessage:
+        if self._tools is None:
+            return AssistantMessage(content="".join([self._echo(), *[delta.text for delta in deltas]]))
+        text, calls = self._tools[index].whole(deltas)
+        content = self._echo() + text
+        if not calls:
+            return AssistantMessage(content=content)
+        written = [
+            ToolCall(id=call.id, function=CalledFunction(name=call.name, arguments=call.arguments)) for call in calls
+        ]
+        return AssistantMessage(content=content or None, tool_calls=written)
+
+    def _delta(self, index: int, delta: Delta) -> ChatDelta:
+        if self._tools is None:
+            is_end = delta.finish_reason is not None
+            return ChatDelta() if is_end and not delta.text else ChatDelta(content=delta.text)
+        tools = self._tools[index]
+        step = tools.feed(delta)
+        calls = [
+            ToolCallDelta(
+                index=one.call,
+                id=UNSET if one.name is None else tools.id_of(one.call),
+                type=UNSET if one.name is None else "function",
+                function=CalledFunctionDelta(name=UNSET if one.name is None else one.name, arguments=one.arguments),
+            )
+            for one in step.calls
+        ]
+        return ChatDelta(content=step.text or UNSET, tool_calls=calls or UNSET)
+
+    def _finish_reason(self, index: int, last: Delta) -> str:
+        if last.finish_reason is None:
+            return ""
+        has_calls = self._tools is not None and self._tools[index].has_calls
+        return "tool_calls" if has_calls and last.finish_reason is FinishReason.STOP else last.finish_reason.value
 
     def _opening(self, index: int) -> bytes:
         """The chunk with the role; the echo, if any, is its content."""

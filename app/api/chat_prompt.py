@@ -24,7 +24,7 @@ from app.api.translate import (
     prepare_sequences,
 )
 from app.core.errors import InvalidRequest
-from app.core.types import EngineLimits
+from app.core.types import EngineLimits, Grammar
 from app.text.chat_template import ChatTemplate
 
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
@@ -53,9 +53,15 @@ class TemplateVariables:
 
 
 async def prepare_chat(
-    request: ChatRequest, rendered: str, context: ServerContext, *, limits: EngineLimits, tenant: str = ""
+    request: ChatRequest,
+    rendered: str,
+    context: ServerContext,
+    *,
+    limits: EngineLimits,
+    tenant: str = "",
+    forced: Grammar | None = None,
 ) -> PreparedGeneration:
-    """The rendered prompt as sequences. Raises InvalidRequest."""
+    """The rendered prompt as sequences. `forced` is the grammar of tool calls. Raises InvalidRequest."""
     check_token_fields(request, limits)
     (token_ids,) = await encode_prompts(
         [rendered],
@@ -66,7 +72,7 @@ async def prepare_chat(
         add_special_tokens=bool(request.add_special_tokens),
     )
     prompt = fit_prompt(token_ids, request, limits, where="messages", text=rendered)
-    return await prepare_sequences(request, [prompt], context, limits=limits, tenant=tenant)
+    return await prepare_sequences(request, [prompt], context, limits=limits, tenant=tenant, forced=forced)
 
 
 def sort_variables(request: ChatRequest, template: ChatTemplate, *, unknown: UnknownFields) -> TemplateVariables:
@@ -99,9 +105,14 @@ def check_kwargs(
 
 
 async def render(
-    conversation: Conversation, raw_messages: msgspec.Raw, context: ServerContext, *, variables: TemplateVariables
+    conversation: Conversation,
+    raw_messages: msgspec.Raw,
+    context: ServerContext,
+    *,
+    variables: TemplateVariables,
+    raw_tools: msgspec.Raw | None = None,
 ) -> str:
-    """The prompt's text. `raw_messages` is the field as the client sent it. Raises InvalidRequest."""
+    """The prompt's text. The raw fields are as the client sent them. Raises InvalidRequest."""
     template = require_template(context)
     continues = bool(conversation.continue_final_message)
     generates = not continues if conversation.add_generation_prompt is None else conversation.add_generation_prompt
@@ -112,7 +123,7 @@ async def render(
         messages,
         add_generation_prompt=generates,
         continue_final_message=continues,
-        tools=None,
+        tools=None if raw_tools is None else await asyncio.to_thread(_template_tools, raw_tools),
         **variables.passed,
     )
     return await asyncio.to_thread(call)
@@ -172,6 +183,12 @@ def _template_messages(raw: msgspec.Raw, texts: Sequence[str], template: ChatTem
             message["tool_calls"] = _with_parsed_arguments(message["tool_calls"])
         messages.append(message)
     return messages
+
+
+def _template_tools(raw: msgspec.Raw) -> list[dict[str, object]]:
+    values = decode_value(raw)
+    assert isinstance(values, list)
+    return values
 
 
 def _with_parsed_arguments(calls: object) -> object:

@@ -11,11 +11,14 @@ from app.grammar.check import GrammarChecker
 from app.grammar.errors import GrammarError
 
 
-async def prepare_grammar(request: GenerationRequest, checker: GrammarChecker) -> Grammar | None:
-    """The request's grammar, or None for free text. Raises InvalidRequest naming the field."""
+async def prepare_grammar(
+    request: GenerationRequest, checker: GrammarChecker, *, forced: Grammar | None = None
+) -> Grammar | None:
+    """The request's grammar, or None for free text. `forced` is that of tool calls. Raises InvalidRequest."""
     field = "response_format" if request.structured_outputs is None else "structured_outputs"
+    field = field if forced is None else "tools"
     try:
-        grammar = _grammar_of(request)
+        grammar = _grammar_of(request) if forced is None else forced
         if grammar is None:
             return None
         _check_others(request, field)

@@ -22,7 +22,7 @@ from app.api.schemas.completions import CompletionRequest, prompt_list
 from app.api.schemas.generation import GenerationRequest
 from app.api.schemas.limits import GREEDY_BELOW
 from app.core.errors import InvalidRequest
-from app.core.types import EngineLimits, EngineRequest, SamplingParams
+from app.core.types import EngineLimits, EngineRequest, Grammar, SamplingParams
 from app.text.tokenizer import Tokenizer
 
 Number = TypeVar("Number", int, float)
@@ -78,11 +78,12 @@ async def prepare_sequences(
     *,
     limits: EngineLimits,
     tenant: str,
+    forced: Grammar | None = None,
 ) -> PreparedGeneration:
-    """`n` sequences for each prompt. Prefixes are shared within one `tenant` only."""
+    """`n` sequences for each prompt. Prefixes are shared within one `tenant` only; `forced`: of tool calls."""
     seed = secrets.randbits(_DRAWN_SEED_BITS) if request.seed is None else request.seed
     bad_words = await _bad_words(request.bad_words or (), context.tokenizer)
-    grammar = await prepare_grammar(request, context.grammars)
+    grammar = await prepare_grammar(request, context.grammars, forced=forced)
     unique = secrets.token_hex(12)
     sequences: list[PreparedSequence] = []
     for prompt_index, prompt in enumerate(prompts):

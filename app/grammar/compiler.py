@@ -12,7 +12,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from app.core.types import Grammar, GrammarKind
 from app.grammar.errors import GrammarError, safe_message
-from app.grammar.source import is_gbnf
+from app.grammar.source import SCHEMA_OPTIONS, is_gbnf
 
 INITIAL_LEXER_FUEL = 200_000
 MAX_GRAMMAR_SIZE = 100_000
@@ -20,9 +20,6 @@ STEP_LEXER_FUEL = 200_000
 STEP_MAX_ITEMS = 20_000
 MAX_LEXER_STATES = 50_000
 """About 1 to 2 kB each, for each sequence."""
-
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
-"""Between the tokens of JSON. Bounded, because a small model in doubt writes spaces without an end."""
 
 _SPECIAL_IN_REGEX = re.compile(r"[^\w\s]", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -54,7 +51,7 @@ def to_llguidance(grammar: Grammar) -> str:
     """The same language in the library's notation. Raises ValueError where a schema is no JSON object."""
     match grammar.kind:
         case GrammarKind.JSON_SCHEMA:
-            overrides = {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
+            overrides = dict(SCHEMA_OPTIONS)
             return LLMatcher.grammar_from_json_schema(grammar.source, overrides=overrides)  # type: ignore[arg-type]
         case GrammarKind.REGEX:
             return LLMatcher.grammar_from_regex(grammar.source)
@@ -80,5 +77,7 @@ def _limits() -> LLParserLimits:
         step_lexer_fuel=STEP_LEXER_FUEL,
         step_max_items=STEP_MAX_ITEMS,
         max_lexer_states=MAX_LEXER_STATES,
+        # It would take its fuel by the model's vocabulary: what the check let pass could fail in the engine.
+        precompute_large_lexemes=False,
         verbose_errors=False,
     )

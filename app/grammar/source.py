@@ -8,6 +8,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from types import MappingProxyType
+from typing import NamedTuple
 
 import msgspec
 
@@ -32,6 +34,14 @@ MAX_MULTIPLE = 10_000
 """Product of the different `multipleOf` of a schema, powers of ten left out: the library builds one state for each
 remainder, and counts none of them as fuel."""
 
+MAX_FRAMES = 64
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+"""Between the tokens of JSON. Bounded, because a small model in doubt writes spaces without an end."""
+SCHEMA_OPTIONS: Mapping[str, object] = MappingProxyType(
+    {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False}
+)
+"""How llguidance reads schemas: what it cannot hold the output to is an error."""
+
 _LARK_START = re.compile(r"^[ \t]*(?:%llguidance\b|start[ \t]*:)(?!:=)", re.MULTILINE)
 _DIRECTIVE = re.compile(r"%(\w+)")
 _DIRECTIVES = frozenset({"ignore", "import", "llguidance"})
@@ -51,6 +61,31 @@ def json_schema(schema: Mapping[str, object]) -> Grammar:
 def json_object() -> Grammar:
     """Any JSON object."""
     return json_schema(ANY_OBJECT)
+
+
+class FramedSchema(NamedTuple):
+    """JSON by a schema, between two texts."""
+
+    before: str
+    schema: Mapping[str, object]
+    after: str
+
+
+def framed_json(frames: Sequence[FramedSchema], *, separator: str | None = None) -> Grammar:
+    """One of `frames`, or with a `separator` one or more of them. Raises GrammarError."""
+    if not frames:
+        raise GrammarError("there is nothing to choose from")
+    _check_size(len(frames), MAX_FRAMES, what="the list", unit="schemas")
+    rest = "" if separator is None else f" ({_quoted(separator)} one)*"
+    rules = [f"start: one{rest}", "one: " + " | ".join(f"frame_{index}" for index in range(len(frames)))]
+    size = 0
+    for index, frame in enumerate(frames):
+        size += len(json_schema(frame.schema).source.encode())
+        _check_size(size, MAX_SCHEMA_BYTES, what="all schemas together", unit="bytes")
+        schema = {**frame.schema, "x-guidance": dict(SCHEMA_OPTIONS)}
+        rules.append(f"frame_{index}: {_quoted(frame.before)} json_{index} {_quoted(frame.after)}")
+        rules.append(f"json_{index}: %json {msgspec.json.encode(schema).decode()}")
+    return Grammar(GrammarKind.LARK, "\n".join(rules) + "\n")
 
 
 def regex(pattern: str) -> Grammar:
@@ -85,6 +120,11 @@ def lark(grammar: str) -> Grammar:
 def is_gbnf(grammar: str) -> bool:
     """Whether it is written as `root ::= ...`, and not as Lark's `start: ...`."""
     return "::=" in grammar and _LARK_START.search(grammar) is None
+
+
+def _quoted(text: str) -> str:
+    """A literal of Lark, which is one of JSON."""
+    return msgspec.json.encode(text).decode()
 
 
 def _check_size(size: int, limit: int, *, what: str, unit: str) -> None:

@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from app.core.errors import ConfigurationError, InvalidRequest
 from app.text.model_files import read_json_object, read_special_tokens
+from app.text.tools import OPEN_TAG, CallForm
 
 MAX_RENDERED_CHARS = 8 * 1024 * 1024
 MAX_RENDER_SECONDS = 2.0
@@ -53,6 +54,11 @@ class ChatTemplate:
         read = set().union(*(jinja2.meta.find_undeclared_variables(environment.parse(one)) for one in sources.values()))
         self.variables = frozenset(read - _OWN_VARIABLES - set(special_tokens) - set(environment.globals))
         """Names that the templates read and this class does not set: what `allowed` can have an effect by."""
+        self.reads_tools = "tools" in read
+        """Whether tools that are given to it reach the prompt."""
+        is_tagged = any(OPEN_TAG in source for source in sources.values()) or not self.reads_tools
+        self.call_form = CallForm.TAGGED if is_tagged else CallForm.BARE
+        """How a model of these templates writes its tool calls."""
         self.knows_developer = any("developer" in source for source in sources.values())
         """Whether the role `developer` means anything to the templates."""
         self._special_tokens = dict(special_tokens)

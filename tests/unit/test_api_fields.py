@@ -63,9 +63,9 @@ OF_CHAT: dict[str, dict[str, Any]] = {
 """Fields of chat alone that reach the engine → what they change; the values are below."""
 CHAT_SIDE = {
     *("messages", "top_logprobs", "add_generation_prompt", "continue_final_message"),
-    *("chat_template_kwargs", "reasoning_effort"),
+    *("chat_template_kwargs", "reasoning_effort", "tools", "tool_choice", "parallel_tool_calls"),
 }
-"""Honoured in the API process; tests/contract/test_chat.py tests each."""
+"""Honoured in the API process; tests/contract/test_chat.py and test_tools.py test each."""
 
 
 def parse(**fields: object) -> CompletionRequest:
@@ -226,12 +226,9 @@ def test_unknown_fields_have_a_default_for_each_endpoint() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "accepted"),
     [
-        ("tools", [], True),
-        ("tools", [{"type": "function", "function": {"name": "f"}}], False),
-        ("tool_choice", "auto", True),
-        ("tool_choice", "required", False),
-        ("tool_choice", {"type": "function", "function": {"name": "f"}}, False),
-        ("parallel_tool_calls", True, True),
+        ("functions", [], True),
+        ("functions", [{"name": "f"}], False),
+        ("function_call", "auto", True),
         ("modalities", ["text"], True),
         ("modalities", ["text", "audio"], False),
     ],

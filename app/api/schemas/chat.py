@@ -18,6 +18,7 @@ from app.api.schemas.generation import (
     check_generation,
 )
 from app.api.schemas.limits import INT32, MAX_LABEL_CHARS, MAX_TEMPLATE_KWARGS
+from app.api.schemas.tools import ToolCall, ToolCallDelta, ToolChoice, Tools
 from app.core.errors import InvalidRequest
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -62,6 +63,9 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateKwargs | None = None
     reasoning_effort: Annotated[str, Meta(max_length=MAX_LABEL_CHARS)] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def output_limit(self) -> int | None:
@@ -110,7 +114,9 @@ class AssistantMessage(msgspec.Struct, kw_only=True):
 
     role: Literal["assistant"] = "assistant"
     content: str | None
+    """None where there is nothing but calls."""
     refusal: None = None
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -145,6 +151,7 @@ class ChatDelta(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     role: Literal["assistant"] | msgspec.UnsetType = msgspec.UNSET
     content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCallDelta] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):

@@ -115,6 +115,16 @@ encoded as it stands: names of special tokens in a message become these tokens, 
 a number, a boolean or null; `enable_thinking` is the best known. A name that the template does not read has
 no effect: it is treated as an unknown field, `chat_template_kwargs.NAME`.
 
+**Tools** are `{{"type": "function", "function": {{"name": ..., "description": ..., "parameters": schema}}}}`.
+With `tool_choice` auto the template shows them to the model, which may call them; a template that does not read
+`tools` makes that a 400. Calls are found in the text in the form of Hermes and Qwen (`<tool_call>`) and as bare JSON
+(Llama, Mistral); their arguments are passed on as the model wrote them. With required, or the name of a function,
+a grammar holds the output to calls whose arguments match the tool's schema, so that they parse unless the answer
+finishes with "length"; this needs no template that reads tools, but a model that was not shown a tool knows nothing
+of it beyond its schema's words. With none the tools are not shown. A schema must be of an object.
+`response_format` and `structured_outputs` beside tools need `tool_choice` none. An answer with calls finishes with
+"tool_calls".
+
 **Log-probabilities** show a token that is part of a character as `bytes:\\xe4\\xbd`; `bytes` is exact.
 
 `usage` counts the template's tokens too, and an end token. What a model made beyond a stop string is not counted.

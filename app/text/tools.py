@@ -1,0 +1,406 @@
+"""Owns the finding of tool calls in a stream of text, in the two forms in which models write them.
+
+- tagged (Hermes, Qwen): `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, anywhere in the text;
+- bare (Llama, Mistral): the text is nothing but such objects, or a list of them, with `arguments` or
+  `parameters`. Only the names of known tools count there: JSON may be the answer itself.
+
+Arguments are passed on as the model wrote them, whether they are valid JSON or not. What begins like a call
+and turns out to be none is text, whole. White space before a call, and at the end behind one, is dropped.
+
+Invariant: what is found does not depend on how the text was split.
+"""
+
+import json
+from collections.abc import Collection
+from enum import Enum, StrEnum, auto
+from typing import NamedTuple
+
+OPEN_TAG = "<tool_call>"
+CLOSE_TAG = "</tool_call>"
+_ARGUMENTS = frozenset({"arguments", "parameters"})
+_BARE_KEYS = frozenset({"name", "type", "id", *_ARGUMENTS})
+_SPACE = " \t\r\n"
+_SEPARATORS = _SPACE + ",;"
+_SLIPS = _SPACE + "}"
+"""A brace too many behind a call is the commonest slip of small models."""
+
+
+class CallForm(StrEnum):
+    """How calls are written."""
+
+    TAGGED = "tagged"
+    BARE = "bare"
+
+
+class CallFrame(NamedTuple):
+    """What stands around the arguments of a call."""
+
+    before: str
+    after: str
+
+
+class CallDelta(NamedTuple):
+    """What a push added to a call."""
+
+    call: int
+    """Which one: 0, 1, ..."""
+    name: str | None
+    """With the first delta of a call."""
+    arguments: str
+    """More of their JSON text."""
+
+
+class ToolStep(NamedTuple):
+    """What a push brought: text for the reader, and calls, at most one delta for each."""
+
+    text: str
+    calls: tuple[CallDelta, ...]
+
+
+def call_frame(form: CallForm, name: str) -> CallFrame:
+    """A call of the tool `name` as models of this form write it."""
+    quoted = json.dumps(name, ensure_ascii=False)
+    if form is CallForm.TAGGED:
+        return CallFrame(f'{OPEN_TAG}\n{{"name": {quoted}, "arguments": ', f"}}\n{CLOSE_TAG}")
+    return CallFrame(f'{{"name": {quoted}, "parameters": ', "}")
+
+
+class _State(Enum):
+    START = auto()
+    """Nothing but white space yet."""
+    TEXT = auto()
+    CALL = auto()
+    """In an object that may be a call."""
+    BETWEEN = auto()
+    """Behind one: another, or the end of its tag or list."""
+    DONE = auto()
+    """Behind the only call that was asked for."""
+
+
+class ToolParser:
+    """The calls in one stream."""
+
+    def __init__(self, names: Collection[str], *, single: bool = False) -> None:
+        """`names` are those of the tools; with `single` the text ends with the first call."""
+        self._names = frozenset(names)
+        self._single = single
+        self._state = _State.START
+        self._form = CallForm.TAGGED
+        self._space = ""
+        """White space that is text, unless a call follows."""
+        self._tag = ""
+        """The beginning of a tag, or what stands between calls."""
+        self._reader = _CallReader(None)
+        self._text: list[str] = []
+        self._calls: dict[int, CallDelta] = {}
+        self.num_calls = 0
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether a call was found, if only its beginning."""
+        return self.num_calls > 0 or (self._state is _State.CALL and self._reader.has_begun)
+
+    def push(self, text: str) -> ToolStep:
+        """Take the next text."""
+        for char in text:
+            self._take(char)
+        return self._step()
+
+    def finish(self) -> ToolStep:
+        """What was held back, when the stream ends."""
+        while self._state is _State.CALL and not self._reader.has_begun:
+            self._give_back()
+        if self._state in (_State.START, _State.TEXT) or not self.has_calls:
+            if self._tag or not self.has_calls:
+                self._text.append(self._space)
+            self._text.append(self._tag)
+            self._space = self._tag = ""
+        return self._step()
+
+    def _step(self) -> ToolStep:
+        step = ToolStep("".join(self._text), tuple(self._calls.values()))
+        self._text, self._calls = [], {}
+        return step
+
+    def _take(self, char: str) -> None:
+        match self._state:
+            case _State.START:
+                self._take_first(char)
+            case _State.TEXT:
+                self._take_text(char)
+            case _State.CALL:
+                self._take_call(char)
+            case _State.BETWEEN:
+                self._take_between(char)
+            case _State.DONE:
+                pass
+
+    def _take_first(self, char: str) -> None:
+        if char in _SPACE:
+            self._space += char
+        elif char == "[":
+            self._form, self._tag, self._state = CallForm.BARE, char, _State.BETWEEN
+        elif char == "{":
+            self._form = CallForm.BARE
+            self._open(char)
+        else:
+            self._state = _State.TEXT
+            self._take_text(char)
+
+    def _take_text(self, char: str) -> None:
+        if char == OPEN_TAG[len(self._tag)]:
+            self._tag += char
+            if self._tag == OPEN_TAG:
+                self._form = CallForm.TAGGED
+                self._open("")
+            return
+        if self._tag:
+            self._text += (self._space, self._tag)
+            self._space = self._tag = ""
+            self._take_text(char)
+        elif char in _SPACE:
+            self._space += char
+        else:
+            self._text += (self._space, char)
+            self._space = ""
+
+    def _take_call(self, char: str) -> None:
+        reader = self._reader
+        delta = reader.take(char)
+        if delta is not None:
+            index = self.num_calls
+            known = self._calls.get(index, CallDelta(index, None, ""))
+            name = delta.name if known.name is None else known.name
+            self._calls[index] = CallDelta(index, name, known.arguments + delta.arguments)
+        if reader.is_over:
+            if not reader.has_begun:
+                self._give_back()
+                return
+            self.num_calls += 1
+            self._space = self._tag = ""
+            self._state = _State.DONE if self._single else _State.BETWEEN
+            if reader.is_broken:
+                self._take(char)
+
+    def _take_between(self, char: str) -> None:
+        if char == "{" and (not self._tag or self._form is CallForm.BARE):
+            self._open(char)
+        elif self._form is CallForm.TAGGED:
+            self._take_close_tag(char)
+        elif not self.num_calls and char in _SPACE:
+            self._tag += char  # of a list that has only begun
+        elif self.num_calls and char == "]":
+            self._state = _State.TEXT
+        elif not self.num_calls or char not in _SEPARATORS:
+            self._leave(char)
+
+    def _take_close_tag(self, char: str) -> None:
+        if char == CLOSE_TAG[len(self._tag)]:
+            self._tag += char
+            if self._tag == CLOSE_TAG:
+                self._tag, self._state = "", _State.TEXT
+        elif self._tag or char not in _SLIPS:
+            self._leave(char)
+
+    def _leave(self, char: str) -> None:
+        """What stood between was no end of a call: it is text, and so is what follows."""
+        self._text += (self._space, self._tag)
+        self._space = self._tag = ""
+        self._state = _State.TEXT
+        self._take_text(char)
+
+    def _open(self, char: str) -> None:
+        """An object begins, with `char` or behind a tag."""
+        self._reader = _CallReader(self._names if self._form is CallForm.BARE else None)
+        self._state = _State.CALL
+        if char:
+            self._reader.take(char)
+
+    def _give_back(self) -> None:
+        """The object was no call: all of it is text, in which calls may stand."""
+        raw, held = "".join(self._reader.raw), self._space + self._tag
+        self._space = self._tag = ""
+        self._text.append(held)
+        self._state = _State.TEXT
+        for char in raw:
+            self._take(char)
+
+
+class _Place(Enum):
+    OPENING = auto()
+    KEY = auto()
+    IN_KEY = auto()
+    COLON = auto()
+    VALUE = auto()
+    IN_VALUE = auto()
+    AFTER = auto()
+
+
+class _Found(NamedTuple):
+    name: str | None
+    arguments: str
+
+
+class _CallReader:
+    """One object, character by character. Over when it ends, or when it cannot be a call any more."""
+
+    def __init__(self, names: frozenset[str] | None) -> None:
+        """`names` are those that count; None: any, and without arguments, too."""
+        self._names = names
+        self._place = _Place.OPENING
+        self._key = ""
+        self._value = ""
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+        self._name: str | None = None
+        self._waiting: str | None = None
+        """Arguments that came before the name."""
+        self.raw: list[str] = []
+        self.has_begun = False
+        """A name and the beginning of arguments were found: it is a call, whatever follows."""
+        self.is_over = False
+        self.is_broken = False
+        """Over because of a character that has no place; it is not part of the object."""
+        self._streams = False
+
+    def take(self, char: str) -> _Found | None:
+        """What this character brought."""
+        if not self.has_begun:
+            self.raw.append(char)
+        if self._place is _Place.IN_VALUE:
+            return self._take_value(char)
+        if self._place is _Place.IN_KEY:
+            self._take_key(char)
+            return None
+        return None if char in _SPACE else self._take_mark(char)
+
+    def _take_mark(self, char: str) -> _Found | None:
+        """A character outside of keys and values."""
+        match self._place, char:
+            case _Place.OPENING, "{":
+                self._place = _Place.KEY
+            case (_Place.KEY, '"'):
+                self._place, self._key, self._in_string, self._escaped = _Place.IN_KEY, "", True, False
+            case (_Place.KEY, "}") | (_Place.AFTER, "}"):
+                return self._end()
+            case _Place.COLON, ":":
+                self._place = _Place.VALUE
+            case _Place.VALUE, _:
+                return self._begin_value(char)
+            case _Place.AFTER, ",":
+                self._place = _Place.KEY
+            case _:
+                self.is_over = self.is_broken = True
+        return None
+
+    def _take_key(self, char: str) -> None:
+        if self._escaped:
+            self._escaped = False
+        elif char == "\\":
+            self._escaped = True
+        elif char == '"':
+            self._place = _Place.COLON
+            self.is_over = self._names is not None and not self.has_begun and self._key not in _BARE_KEYS
+            return
+        self._key += char
+
+    def _begin_value(self, char: str) -> _Found | None:
+        self._place, self._value = _Place.IN_VALUE, ""
+        self._depth, self._in_string, self._escaped = 0, False, False
+        wrong = (self._key == "name" and char != '"') or (self._key in _ARGUMENTS and char not in '{"n')
+        if wrong and not self.has_begun:
+            self.is_over = True
+            return None
+        return self._take_value(char)
+
+    def _take_value(self, char: str) -> _Found | None:
+        is_end = False
+        if self._in_string:
+            if self._escaped:
+                self._escaped = False
+            elif char == "\\":
+                self._escaped = True
+            elif char == '"':
+                self._in_string = False
+                is_end = self._depth == 0
+        elif char == '"':
+            self._in_string = True
+        elif char in "{[":
+            self._depth += 1
+        elif self._depth and char in "}]":
+            self._depth -= 1
+            is_end = self._depth == 0
+        elif not self._depth and char in _SPACE + ",}":
+            # The end of a number or a word, and no part of it.
+            return self._merge(self._end_value(), self._end_scalar(char))
+        self._value += char
+        streamed = self._stream(char) if self._is_streamed else None
+        return self._merge(streamed, self._end_value()) if is_end else streamed
+
+    @property
+    def _is_streamed(self) -> bool:
+        """Whether the value is an object of arguments, and the first one."""
+        return self._key in _ARGUMENTS and self._value[0] == "{" and (not self.has_begun or self._streams)
+
+    def _stream(self, char: str) -> _Found | None:
+        if self._name is None:
+            self._waiting = self._value
+            return None
+        if self.has_begun:
+            return _Found(None, char)
+        self._streams = True
+        return self._begin(char)
+
+    def _begin(self, arguments: str) -> _Found:
+        self.has_begun = True
+        self.raw = []
+        return _Found(self._name, arguments)
+
+    def _end_scalar(self, char: str) -> _Found | None:
+        self._place = _Place.AFTER
+        if char == ",":
+            self._place = _Place.KEY
+        return self._end() if char == "}" else None
+
+    def _end_value(self) -> _Found | None:
+        self._place = _Place.AFTER
+        if self._streams:
+            self._streams = False
+            return None
+        if self.has_begun:
+            return None
+        if self._key == "name":
+            return self._end_name()
+        if self._key in _ARGUMENTS and self._value[0] != "{":
+            self._waiting = _text_of(self._value) if self._value[0] == '"' else "{}"
+            return None if self._name is None else self._begin(self._waiting)
+        return None
+
+    def _end_name(self) -> _Found | None:
+        self._name = _text_of(self._value)
+        if not self._name or (self._names is not None and self._name not in self._names):
+            self.is_over = True
+            return None
+        return None if self._waiting is None else self._begin(self._waiting)
+
+    def _end(self) -> _Found | None:
+        self.is_over = True
+        if self.has_begun or self._name is None or self._names is not None:
+            return None
+        return self._begin("{}")
+
+    @staticmethod
+    def _merge(first: _Found | None, second: _Found | None) -> _Found | None:
+        if first is None or second is None:
+            return second if first is None else first
+        return _Found(first.name or second.name, first.arguments + second.arguments)
+
+
+def _text_of(quoted: str) -> str:
+    """The text of a JSON string; as it stands where it is none."""
+    try:
+        value = json.loads(quoted, strict=False)
+    except ValueError:
+        return quoted[1:-1]
+    return value if isinstance(value, str) else quoted
