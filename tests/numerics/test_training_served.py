@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from app.runner.native.families import read_shape
 from app.training.model import packed_logits
 from app.training.packing import Rows
 from app.training.shards import open_shards
@@ -62,6 +63,11 @@ def test_the_model_made_streams_a_completion_of_its_own_domain(url: str) -> None
     assert events[-1] == "[DONE]" and len(events) > 10
     text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
     assert any(word in text for word in ("carried", "followed", "left", "watched", "mended", "forgot", "crossed")), text
+
+
+def test_the_native_tier_knows_every_field_of_the_model_made(root: Path) -> None:
+    shape = read_shape(root / "recipe-run" / "model")
+    assert (shape.hidden, shape.num_layers, shape.head_dim) == (64, 2, 32)
 
 
 def test_served_log_likelihoods_are_those_of_training(root: Path, url: str) -> None:
