@@ -14,6 +14,7 @@ from loadtest.compare.peers import Peer, shown_command
 from loadtest.compare.workloads import WORKLOADS, Workload
 
 _EIGHT_BIT = "8 bit"
+_UNSTEADY = ", unsteady"
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -47,6 +48,11 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     cached_share: Spread | None
     ready_s: Spread
     memory_bytes: Spread
+
+    @property
+    def is_unsteady(self) -> bool:
+        """Whether the machine moved in half of the rounds or more: the figure is as much the machine's as its own."""
+        return self.num_unsteady * 2 >= self.num_rounds
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
@@ -123,7 +129,7 @@ def _throughput(made: Sequence[Cell], peers: Sequence[Peer], workloads: Sequence
 
 def _rate(cell: Cell) -> str:
     value = cell.tokens_per_s
-    text = f"{value.median:.0f} ({value.low:.0f} to {value.high:.0f})"
+    text = f"{value.median:.0f} ({value.low:.0f} to {value.high:.0f})" + _UNSTEADY * cell.is_unsteady
     return f"{text}, {cell.num_short} short or failed" if cell.num_short else text
 
 
@@ -140,7 +146,8 @@ def _ratios(made: Sequence[Cell], peers: Sequence[Peer], workloads: Sequence[Wor
         return "No other server was measured."
     note = (
         "The best other server is the one with the highest throughput on that workload. Above 1 is better for "
-        "tokens/s, below 1 for the latencies."
+        "tokens/s, below 1 for the latencies. Unsteady: the machine moved in half of the rounds or more of either, "
+        "and the ratio shows nothing."
     )
     return _table(header, rows) + "\n\n" + note
 
@@ -172,7 +179,8 @@ def _ratio_row(
         (mine.ttft_p90_ms, best.ttft_p90_ms),
         (mine.itl_p90_ms, best.itl_p90_ms),
     )
-    return [workload.title, ours.name, *(_ratio(*pair) for pair in pairs), f"{best.peer} ({label})"]
+    unsteady = _UNSTEADY * (mine.is_unsteady or best.is_unsteady)
+    return [workload.title, ours.name, *(_ratio(*pair) for pair in pairs), f"{best.peer} ({label}){unsteady}"]
 
 
 def _ratio(mine: Spread | None, theirs: Spread | None) -> str:

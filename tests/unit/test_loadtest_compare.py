@@ -196,6 +196,15 @@ def test_a_server_that_answers_short_is_shown_and_compared_with_nobody() -> None
     assert markdown([], peer_table(), "A CPU") == "Nothing has been measured yet.\n"
 
 
+def test_figures_of_an_unsteady_machine_are_marked() -> None:
+    rounds = [measurement(round_index=0, after=SLOWED), measurement(round_index=1)]
+    text = markdown([*rounds, measurement("vllm")], peer_table(), "A CPU")
+    assert "100 (100 to 100), unsteady |" in text
+    assert "vllm (same precision), unsteady |" in text
+    text = markdown([*rounds, measurement(round_index=2), measurement("vllm")], peer_table(), "A CPU")
+    assert ", unsteady" not in text
+
+
 def test_precisions_of_eight_bits_are_one_class() -> None:
     assert precision_class("int8") == precision_class("Q8_0") != precision_class("bf16")
 
