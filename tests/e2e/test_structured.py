@@ -157,3 +157,48 @@ def _tops(choice: dict[str, Any]) -> list[dict[str, float]]:
     """The two most likely tokens at each place, without the chosen one where it was added to them."""
     tops: list[dict[str, float]] = choice["logprobs"]["top_logprobs"]
     return [dict(sorted(top.items(), key=lambda item: -item[1])[:2]) for top in tops]
+
+
+MOVE: dict[str, Any] = {
+    "type": "object",
+    "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 99}, "fast": {"type": "boolean"}},
+    "required": ["x", "fast"],
+    "additionalProperties": False,
+}
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "move_to", "parameters": MOVE}},
+    {"type": "function", "function": {"name": "resize", "parameters": SMALL}},
+]
+
+
+def forced_calls(choice: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    called = [call["function"] for call in choice["message"]["tool_calls"]]
+    return [(one["name"], json.loads(one["arguments"])) for one in called]
+
+
+def test_forced_calls_parse_and_validate(server: Server) -> None:
+    """The default model's template knows no tools: the grammar alone makes the calls."""
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+    named = {"type": "function", "function": {"name": "resize"}}
+
+    def call(place: str, index: int, **fields: Any) -> dict[str, Any]:
+        body = {"messages": [{"role": "user", "content": f"How large is {place}?"}], "tools": TOOLS, "seed": index}
+        response = server.http.post("/v1/chat/completions", json=body | {"max_tokens": 120} | fields)
+        assert response.status_code == 200, response.text
+        choice: dict[str, Any] = response.json()["choices"][0]
+        return choice
+
+    one = {"tool_choice": "required", "parallel_tool_calls": False}
+    with ThreadPoolExecutor(6) as pool:
+        choices = list(
+            pool.map(lambda index: call(PLACES[index], index, **({"tool_choice": named}, one)[index % 2]), range(6))
+        )
+    ended = [choice for choice in choices if choice["finish_reason"] == "tool_calls"]
+    assert len(ended) >= 4 and {choice["finish_reason"] for choice in choices} <= {"tool_calls", "length"}
+    for choice in ended:
+        ((name, arguments),) = forced_calls(choice)
+        jsonschema.validate(arguments, schemas[name])
+        assert choice["message"]["content"] is None
+    auto = {"messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
+    refused = server.http.post("/v1/chat/completions", json=auto)
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "tools_not_supported"
