@@ -19,7 +19,7 @@ from app.api.middleware import RequestLayer
 from app.api.openapi import add_schemas
 from app.api.record import RequestRecord
 from app.api.respond import ErrorResponse
-from app.api.routes import chat, completions, docs, embeddings, engine, models, page, server, tokens
+from app.api.routes import chat, completions, docs, embeddings, engine, messages, models, page, server, tokens
 from app.core.errors import HeadwaterError, InvalidRequest, NotFound
 
 _EXPOSED_HEADERS = ("x-request-id", "retry-after", "headwater-seed", "headwater-ignored", "headwater-resume")
@@ -41,7 +41,7 @@ def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
-    for module in (chat, completions, embeddings, models, server, tokens, engine, page):
+    for module in (chat, completions, messages, embeddings, models, server, tokens, engine, page):
         app.include_router(module.routes(context))
     if context.docs:
         app.include_router(docs.routes(app))
@@ -83,7 +83,7 @@ def _lifespan_of(context: ServerContext) -> Callable[[FastAPI], AbstractAsyncCon
 async def _answer_error(request: Request, error: Exception) -> Response:
     record = RequestRecord.of(request.scope)
     record.error_code = getattr(error, "code", None) or kind_of(error).code or kind_of(error).type
-    return ErrorResponse(error)
+    return ErrorResponse(error, request.scope)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

@@ -74,6 +74,16 @@ _KINDS: Mapping[type[Exception], ErrorKind] = MappingProxyType(
         ServerError: ErrorKind(500, "server_error", None),
     }
 )
+_MESSAGES_TYPES: Mapping[int, str] = MappingProxyType(
+    {
+        401: "authentication_error",
+        404: "not_found_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+        503: "overloaded_error",
+    }
+)
+"""Anthropic's words for statuses."""
 _UNEXPECTED = ErrorKind(500, "server_error", "internal_error")
 _UNEXPECTED_MESSAGE = "The server failed to answer this request. The cause is in its log under the request id."
 _DEFAULT_RETRY_AFTER = 1
@@ -92,6 +102,20 @@ class ErrorBody(msgspec.Struct, frozen=True):
     """Body of every error response and of an error event in a stream."""
 
     error: ErrorDetail
+
+
+class MessagesErrorDetail(msgspec.Struct, frozen=True):
+    """The object under `error` that Anthropic's clients read."""
+
+    type: str
+    message: str
+
+
+class MessagesErrorBody(msgspec.Struct, frozen=True, tag_field="type", tag="error"):
+    """Body of every error response of `/v1/messages`, and of an error event in its streams."""
+
+    error: MessagesErrorDetail
+    request_id: str | None
 
 
 def kind_of(error: Exception | type[Exception]) -> ErrorKind:
@@ -113,6 +137,15 @@ def error_body(error: Exception) -> ErrorBody:
         return ErrorBody(ErrorDetail(error.message, kind.type, error.param, code))
     message = error.message if isinstance(error, ServerError) else _UNEXPECTED_MESSAGE
     return ErrorBody(ErrorDetail(message, kind.type, None, kind.code))
+
+
+def messages_error_body(error: Exception, request_id: str | None) -> MessagesErrorBody:
+    """The same in Anthropic's form."""
+    status = kind_of(error).status
+    default = "invalid_request_error" if isinstance(error, ClientError) else "api_error"
+    return MessagesErrorBody(
+        MessagesErrorDetail(_MESSAGES_TYPES.get(status, default), error_body(error).error.message), request_id
+    )
 
 
 def error_headers(error: Exception) -> list[tuple[bytes, bytes]]:

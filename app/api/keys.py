@@ -116,7 +116,7 @@ class KeyLayer:
             if key is None:
                 error = Unauthorized(_explain(presented), code=None if presented else "missing_api_key")
                 record.error_code = error.code or kind_of(error).code
-                await ErrorResponse(error)(scope, receive, send)
+                await ErrorResponse(error, scope)(scope, receive, send)
                 return
             record.key_id, record.key_name = key.id, key.name
         await self._app(scope, receive, send)

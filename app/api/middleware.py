@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.record import RequestRecord
-from app.api.respond import ErrorResponse
+from app.api.respond import ErrorResponse, is_messages_path
 from app.observability.metrics import Metrics
 
 _SANE_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
@@ -38,12 +38,14 @@ class RequestLayer:
             return
         record = RequestRecord(_request_id(scope))
         record.attach(scope)
-        id_header = (b"x-request-id", record.request_id.encode())
+        id_headers = [(b"x-request-id", record.request_id.encode())]
+        if is_messages_path(scope):
+            id_headers.append((b"request-id", record.request_id.encode()))  # as Anthropic's clients read it
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                message = {**message, "headers": [*message["headers"], id_header]}
+                message = {**message, "headers": [*message["headers"], *id_headers]}
             await send(message)
 
         try:
@@ -52,7 +54,7 @@ class RequestLayer:
             _api.exception("A request failed unexpectedly.", extra={"facts": {"request_id": record.request_id}})
             if record.status is None:
                 record.error_code = "internal_error"
-                await ErrorResponse(error)(scope, receive, send_with_id)
+                await ErrorResponse(error, scope)(scope, receive, send_with_id)
         finally:
             self._account(scope, record)
 

@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 
-from app.api.errors import BodyTimeout, ErrorBody, Unauthorized, kind_of
-from app.api.schemas import chat, completions, engine, server, tokens
+from app.api.errors import BodyTimeout, ErrorBody, MessagesErrorBody, Unauthorized, kind_of
+from app.api.schemas import chat, completions, engine, messages, server, tokens
 from app.api.schemas.field_rules import FieldTable, UnknownFields
-from app.api.schemas.fields import CHAT, COMPLETIONS
+from app.api.schemas.fields import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES
 from app.api.schemas.limits import MAX_PROMPTS
 from app.core.errors import (
     BodyTooLarge,
@@ -30,6 +30,15 @@ Schema = dict[str, Any]
 Responses = dict[int | str, dict[str, Any]]
 
 _TEMPLATE = "#/components/schemas/{name}"
+_MESSAGES_EVENTS: tuple[type[msgspec.Struct], ...] = (
+    messages.MessageStart,
+    messages.Ping,
+    messages.ContentBlockStart,
+    messages.ContentBlockDelta,
+    messages.ContentBlockStop,
+    messages.MessageDelta,
+    messages.MessageStop,
+)
 _TYPES: tuple[type[msgspec.Struct], ...] = (
     ErrorBody,
     chat.ChatRequest,
@@ -37,6 +46,12 @@ _TYPES: tuple[type[msgspec.Struct], ...] = (
     chat.ChatChunk,
     completions.CompletionRequest,
     completions.CompletionResponse,
+    MessagesErrorBody,
+    messages.MessagesRequest,
+    messages.MessagesResponse,
+    *_MESSAGES_EVENTS,
+    messages.CountTokensRequest,
+    messages.CountTokensResponse,
     server.ModelEntry,
     server.ModelList,
     server.Readiness,
@@ -49,7 +64,12 @@ _TYPES: tuple[type[msgspec.Struct], ...] = (
     tokens.DetokenizeResponse,
     tokens.TokenizerInfo,
 )
-_TABLES: tuple[tuple[str, FieldTable], ...] = (("ChatRequest", CHAT), ("CompletionRequest", COMPLETIONS))
+_TABLES: tuple[tuple[str, FieldTable], ...] = (
+    ("ChatRequest", CHAT),
+    ("CompletionRequest", COMPLETIONS),
+    ("MessagesRequest", MESSAGES),
+    ("CountTokensRequest", COUNT_TOKENS),
+)
 
 BODY_ERRORS: tuple[type[Exception], ...] = (
     InvalidRequest,
@@ -101,14 +121,18 @@ def json_body(kind: type[msgspec.Struct], **examples: object) -> dict[str, Any]:
 
 
 def json_reply(
-    kind: type[msgspec.Struct] | None, errors: Sequence[type[Exception]] = (), *, is_open: bool = False
+    kind: type[msgspec.Struct] | None,
+    errors: Sequence[type[Exception]] = (),
+    *,
+    is_open: bool = False,
+    failure: type[msgspec.Struct] = ErrorBody,
 ) -> Responses:
-    """`responses` of a route that answers `kind` as JSON, or one of the errors."""
+    """`responses` of a route that answers `kind` as JSON, or one of the errors as `failure`."""
     replies: Responses = {}
     if kind is not None:
         replies[200] = {"description": "OK", "headers": {"X-Request-Id": _REQUEST_ID}, "content": _json_of(kind)}
     for error in (*errors, *(() if is_open else (Unauthorized,))):
-        replies[kind_of(error).status] = error_reply(error)
+        replies[kind_of(error).status] = error_reply(error, failure)
     return dict(sorted(replies.items()))
 
 
@@ -116,16 +140,30 @@ def stream_reply(whole: type[msgspec.Struct], chunk: type[msgspec.Struct]) -> Re
     """`responses` of a generating route: the whole answer, or a stream of chunks."""
     replies = json_reply(whole, GENERATION_ERRORS)
     replies[200]["description"] = f"The answer; with `stream: true` as server-sent events of {chunk.__name__}."
+    end = "A failure after the first byte is an ErrorBody. The last event is `[DONE]`."
+    _add_events(replies, (chunk, ErrorBody), end)
+    return replies
+
+
+def messages_reply() -> Responses:
+    """`responses` of `/v1/messages`."""
+    replies = json_reply(messages.MessagesResponse, GENERATION_ERRORS, failure=MessagesErrorBody)
+    replies[200]["description"] = "The answer; with `stream: true` as Anthropic's server-sent events."
+    end = "The name of the event is its type. The last one is message_stop, or an error."
+    _add_events(replies, (*_MESSAGES_EVENTS, MessagesErrorBody), end)
+    return replies
+
+
+def _add_events(replies: Responses, kinds: Sequence[type[msgspec.Struct]], end: str) -> None:
     replies[200]["headers"] |= _GENERATION_HEADERS
     data = {
         "type": "string",
         "contentMediaType": "application/json",
-        "contentSchema": {"oneOf": [_ref(chunk), _ref(ErrorBody)]},
-        "description": "A failure after the first byte is an ErrorBody. The last event is `[DONE]`.",
+        "contentSchema": {"oneOf": [_ref(kind) for kind in kinds]},
+        "description": end,
     }
     event = {"type": "object", "properties": {"data": data}, "required": ["data"], "description": "One event."}
     replies[200]["content"]["text/event-stream"] = {"schema": event}
-    return replies
 
 
 def status_reply(kind: type[msgspec.Struct]) -> Responses:
@@ -136,14 +174,14 @@ def status_reply(kind: type[msgspec.Struct]) -> Responses:
     return replies
 
 
-def error_reply(error: type[Exception]) -> dict[str, Any]:
+def error_reply(error: type[Exception], failure: type[msgspec.Struct] = ErrorBody) -> dict[str, Any]:
     """The response of one class of errors."""
     headers: dict[str, Any] = {"X-Request-Id": _REQUEST_ID}
     if error in (TooManyRequests, EngineUnavailable):
         headers["Retry-After"] = _RETRY_AFTER
     if error is Unauthorized:
         headers["WWW-Authenticate"] = {"schema": {"enum": ["Bearer"]}}
-    return {"description": _DESCRIPTIONS[error], "headers": headers, "content": _json_of(ErrorBody)}
+    return {"description": _DESCRIPTIONS[error], "headers": headers, "content": _json_of(failure)}
 
 
 def add_schemas(app: FastAPI, *, unknown: UnknownFields | None = None) -> None:
@@ -157,7 +195,8 @@ def add_schemas(app: FastAPI, *, unknown: UnknownFields | None = None) -> None:
         _, schemas = msgspec.json.schema_components(_TYPES, ref_template=_TEMPLATE)
         for name, table in _TABLES:
             _add_table(schemas[name], table, table.unknown if unknown is None else unknown)
-            schemas[name]["properties"]["logit_bias"]["anyOf"][0]["propertyNames"] = {"pattern": "^-?[0-9]{1,18}$"}
+            if "logit_bias" in schemas[name]["properties"]:
+                schemas[name]["properties"]["logit_bias"]["anyOf"][0]["propertyNames"] = {"pattern": "^-?[0-9]{1,18}$"}
         schemas["CompletionRequest"]["properties"]["prompt"] = {
             "description": schemas["CompletionRequest"]["properties"]["prompt"]["description"],
             **_prompt_schema(),

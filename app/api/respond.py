@@ -6,10 +6,12 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from app.api.errors import BodyTimeout, error_body, error_headers, kind_of
+from app.api.errors import BodyTimeout, error_body, error_headers, kind_of, messages_error_body
+from app.api.record import RequestRecord
 from app.core.errors import BodyTooLarge
 
 JSON = "application/json"
+_MESSAGES_PATH = "/v1/messages"
 _DISCARD_SECONDS = 5.0
 _DISCARD_BYTES = 256 * 1024 * 1024
 
@@ -24,12 +26,17 @@ class JsonResponse(Response):
 
 
 class ErrorResponse(Response):
-    """An exception as an OpenAI error body with its status."""
+    """An exception with its status, as an OpenAI error body, or an Anthropic one on the routes of that API."""
 
     media_type = JSON
 
-    def __init__(self, error: Exception) -> None:
-        super().__init__(msgspec.json.encode(error_body(error)), status_code=kind_of(error).status)
+    def __init__(self, error: Exception, scope: Scope) -> None:
+        body = (
+            messages_error_body(error, RequestRecord.of(scope).request_id)
+            if is_messages_path(scope)
+            else error_body(error)
+        )
+        super().__init__(msgspec.json.encode(body), status_code=kind_of(error).status)
         self.raw_headers += error_headers(error)
         self._leaves_body = isinstance(error, BodyTooLarge | BodyTimeout)
         if self._leaves_body:
@@ -48,6 +55,12 @@ class ErrorResponse(Response):
         if not any(name == b"expect" for name, _ in scope["headers"]):
             await _discard(receive)
         await send({"type": "http.response.body", "body": b""})
+
+
+def is_messages_path(scope: Scope) -> bool:
+    """Whether the request is for a route of Anthropic's API."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path == _MESSAGES_PATH or path.startswith(f"{_MESSAGES_PATH}/")
 
 
 async def _discard(receive: Receive) -> None:

@@ -18,7 +18,7 @@ KNOWN = {
     *("$ref", "anyOf", "oneOf", "enum", "type", "properties", "required", "additionalProperties", "propertyNames"),
     *("items", "prefixItems", "minItems", "maxItems", "minLength", "maxLength", "pattern", "minProperties"),
     *("maxProperties", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
-    *("title", "description", "default", "x-event-data"),
+    *("title", "description", "default", "x-event-data", "discriminator"),
 }
 
 

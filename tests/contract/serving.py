@@ -95,6 +95,17 @@ def chunks_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
 
 
+def message_events_of(text: str) -> list[dict[str, Any]]:
+    """The events of a stream of `/v1/messages`, each named by its type."""
+    events = [part for part in text.split("\n\n") if part and not part.startswith(":")]
+    found: list[dict[str, Any]] = []
+    for event in events:
+        name, _, data = event.removeprefix("event: ").partition("\ndata: ")
+        found.append(json.loads(data))
+        assert found[-1]["type"] == name
+    return found
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     """Wait for another thread to bring something about."""
     deadline = time.monotonic() + PATIENCE

@@ -15,8 +15,9 @@ from app.api.deps import ApiLimits
 from app.api.keys import KeyRing
 from app.client.engine_client import EngineState
 from tests.contract.schema_check import problems
-from tests.contract.serving import MODEL, FakeServer, chunks_of, fake_server
+from tests.contract.serving import MODEL, TEXT, FakeServer, chunks_of, fake_server, message_events_of
 from tests.contract.test_chat import TEMPLATE
+from tests.text_tokenizers import byte_level
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "docs" / "openapi.json"
@@ -27,6 +28,10 @@ OPERATIONS = [
     for path, operations in DOCUMENT["paths"].items()
     for method, operation in operations.items()
 ]
+CALL = 'So: <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+ANTHROPIC_TOOL = {"name": "f", "input_schema": {"type": "object"}}
+USAGE = {"include_usage": True, "continuous_usage_stats": True}
 EXAMPLES = [
     pytest.param(path, example["value"], id=f"{path}-{name}")
     for path, operations in DOCUMENT["paths"].items()
@@ -52,7 +57,8 @@ def check(response: httpx.Response, path: str, method: str = "post") -> None:
     for name, header in reply.get("headers", {}).items():
         assert name in response.headers or not header.get("required"), name
     if media_type == "text/event-stream":
-        for event in chunks_of(response.text):
+        read = message_events_of if path.startswith("/v1/messages") else chunks_of
+        for event in read(response.text):
             assert problems(event, content["schema"]["properties"]["data"]["contentSchema"], SCHEMAS) == []
     elif media_type == "application/json":
         assert problems(response.json(), content["schema"], SCHEMAS) == []
@@ -88,7 +94,8 @@ def test_operations_are_described(method: str, path: str, operation: dict[str, A
     for status, response in operation["responses"].items():
         assert response["description"] and response["content"]
         if int(status) >= 400 and path not in ("/health", "/ready"):
-            assert response["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorBody")
+            body = "/MessagesErrorBody" if path.startswith("/v1/messages") else "/ErrorBody"
+            assert response["content"]["application/json"]["schema"]["$ref"].endswith(body)
 
 
 def test_operation_ids_are_unique() -> None:
@@ -111,15 +118,22 @@ def test_examples_are_served(chat: FakeServer, path: str, example: dict[str, Any
         ("/v1/completions", {"prompt": "a", "stop": "你", "user": "me"}),
         ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 2, "return_token_ids": True, "n": 2}),
         ("/v1/chat/completions", {"stop": ["你"], "zz": 1}),
+        ("/v1/chat/completions", {"tools": [TOOL], "tool_choice": "required"}),
+        ("/v1/messages", {"stop_sequences": ["世"], "max_tokens": 100, "user": "me"}),
+        ("/v1/messages", {"max_tokens": 100, "tools": [ANTHROPIC_TOOL], "tool_choice": {"type": "any"}}),
     ],
     ids=str,
 )
 def test_answers_are_as_described(chat: FakeServer, path: str, fields: dict[str, Any], stream: bool) -> None:
-    body = fields | ({"messages": [{"role": "user", "content": "Hi"}]} if "chat" in path else {})
-    body |= (
-        {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}} if stream else {}
-    )
-    response = chat.post(body, path)
+    body = fields | ({"messages": [{"role": "user", "content": "Hi"}]} if path != "/v1/completions" else {})
+    options = {} if path == "/v1/messages" else {"stream_options": USAGE}
+    if "tools" in fields:
+        chat.engine.script = tuple(byte_level().encode_now(CALL, False))
+    try:
+        response = chat.post(body | ({"stream": True, **options} if stream else {}), path)
+    finally:
+        chat.engine.script = tuple(byte_level().encode_now(TEXT, False))
+    assert "tools" not in fields or '"f"' in response.text
     assert response.status_code == 200, response.text
     check(response, path)
 
@@ -147,13 +161,14 @@ def test_a_failing_engine_is_as_described() -> None:
     path = "/v1/chat/completions"
     with fake_server(chat_template=TEMPLATE) as server:
         server.engine.fail_at = 3
-        for fields, status in (({}, 500), ({"stream": True}, 200)):
-            response = server.post(body | fields, path)
-            assert response.status_code == status
-            check(response, path)
+        for where in (path, "/v1/messages"):
+            for fields, status in (({}, 500), ({"stream": True}, 200)):
+                response = server.post(body | fields | {"max_tokens": 50}, where)
+                assert response.status_code == status
+                check(response, where)
         server.engine.fail_at = None
         server.engine.state = EngineState.STARTING
-        for where in (path, "/v1/completions", "/tokenize"):
+        for where in (path, "/v1/completions", "/tokenize", "/v1/messages", "/v1/messages/count_tokens"):
             response = server.post(body if where != "/v1/completions" else {"prompt": "a"}, where)
             assert response.status_code == 503
             check(response, where)

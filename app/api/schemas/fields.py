@@ -176,3 +176,54 @@ CHAT = FieldTable(
         *_SHARED_REFUSED,
     ),
 )
+
+_MESSAGES_PROMPT: tuple[Honoured, ...] = (
+    Honoured("model", "the served model", "a name of `GET /v1/models`", "Which model; another name is a 404."),
+    Honoured("messages", "required", "at least one; see below", "The conversation, for the model's template."),
+    Honoured("system", "none", "string or text blocks", "The system's message."),
+    Honoured("tools", "none", "tools of the client's own; 128, 512 KiB", "What the model may call; see below."),
+    Honoured("tool_choice", "auto", "auto, any, tool, none", "Whether it calls; see below."),
+)
+_MESSAGES_HARMLESS: tuple[Harmless, ...] = (
+    Harmless("metadata", anything(), "anything", "A label."),
+    Harmless("cache_control", anything(), "anything", "Prefixes are always cached."),
+    Harmless("user_profile_id", anything(), "anything", "A label."),
+    Harmless("workspace_id", anything(), "anything", "A label."),
+    Harmless("service_tier", only("auto", "standard_only"), "auto, standard_only", "There is one tier."),
+    Harmless("speed", only("standard"), "standard", "There is one speed."),
+    Harmless("thinking", only({"type": "disabled"}), '{"type": "disabled"}', "All that the model writes is text."),
+)
+_MESSAGES_REFUSED: tuple[Refused, ...] = (
+    Refused("output_config", "use `response_format` on `/v1/chat/completions`"),
+    Refused("output_format", "use `response_format` on `/v1/chat/completions`"),
+    Refused("container", "the server runs no code"),
+    Refused("mcp_servers", "the server asks nobody"),
+    Refused("context_management", "shorten the messages"),
+    Refused("prompt", "completions are another route; this one takes `messages`"),
+)
+
+MESSAGES = FieldTable(
+    unknown=UnknownFields.REPORT,
+    honoured=(
+        *_MESSAGES_PROMPT,
+        Honoured("max_tokens", "required", "≥ 1", "Most output tokens; the context may end earlier."),
+        Honoured("stop_sequences", "none", "16 strings, 1,024 characters each", "Ends the output before this text."),
+        Honoured("temperature", "the model's, else 1", "0 to 1", "Under 1e-5 is greedy: the most likely token."),
+        Honoured("top_p", "the model's, else 1", "above 0 to 1", "Draw from the most likely tokens of this mass."),
+        Honoured("top_k", "the model's, else off", "0 (off), ≥ 1", "Draw from this many most likely tokens."),
+        Honoured("stream", "false", "boolean", "Anthropic's server-sent events."),
+    ),
+    harmless=_MESSAGES_HARMLESS,
+    refused=(
+        *_MESSAGES_REFUSED,
+        Refused("stop", "use `stop_sequences`"),
+        Refused("max_completion_tokens", "use `max_tokens`"),
+    ),
+)
+
+COUNT_TOKENS = FieldTable(
+    unknown=UnknownFields.REPORT,
+    honoured=_MESSAGES_PROMPT,
+    harmless=_MESSAGES_HARMLESS,
+    refused=_MESSAGES_REFUSED,
+)

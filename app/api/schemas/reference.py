@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from app.api.schemas.field_rules import FieldTable
-from app.api.schemas.fields import CHAT, COMPLETIONS
+from app.api.schemas.fields import CHAT, COMPLETIONS, MESSAGES
 
 
 class Page(NamedTuple):
@@ -130,10 +130,31 @@ of it beyond its schema's words. With none the tools are not shown. A schema mus
 `usage` counts the template's tokens too, and an end token. What a model made beyond a stop string is not counted.
 """
 
+_MESSAGES_NOTES = """\
+**Messages** have the role user, assistant or system, and `content`: a string or a list of blocks. Blocks of the type
+`text` are text, joined by line breaks; `tool_use`, `tool_result` and `thinking` reach the model's template as it
+knows them (results as messages of the role tool; `is_error` has no words of its own). Any other block, an image
+above all, is a 400. Messages of one role in a row are one turn. A final message of the assistant is gone on with.
+`cache_control` may stand anywhere.
+
+**Tools** have `name`, `description` and `input_schema`, a schema of an object; the tools that Anthropic runs itself
+are a 400. `tool_choice` any and tool hold the output to calls whose input matches the schema; auto needs a template
+that reads tools, as on [chat](chat.md). Where the model wrote a call whose input is no JSON object, or was cut in
+it, the answer has it as text.
+
+**The answer**: `stop_reason` is end_turn, max_tokens, model_context_window_exceeded (the context ended first),
+stop_sequence or tool_use. `usage.input_tokens` are those that no cache had; `cache_read_input_tokens` the others.
+Errors have Anthropic's form. `x-api-key` and `Authorization` both carry keys; `anthropic-version` and
+`anthropic-beta` are not looked at.
+
+**`/v1/messages/count_tokens`** takes `model`, `messages`, `system`, `tools` and `tool_choice`, with the same meaning.
+"""
+
 PAGES: Mapping[str, Page] = MappingProxyType(
     {
         "completions": Page("/v1/completions", COMPLETIONS, _COMPLETION_NOTES),
         "chat": Page("/v1/chat/completions", CHAT, _CHAT_NOTES),
+        "messages": Page("/v1/messages", MESSAGES, _MESSAGES_NOTES),
     }
 )
 
