@@ -11,6 +11,8 @@ repository's root.
 2. 100 samples of at most 128 tokens from an empty prompt, drawn by the server (temperature 0.7, top-p 0.95, seeds 0 to
    99): their negative log-likelihood a byte under the judge, beside that of the first 128 tokens of held-out documents.
 3. The share of 4-grams of tokens that stood earlier in the same sample.
+4. Perplexity of the first tokens of held-out documents as the server gives it, beside float32 in process; with
+   `--int8-url`, also as a server with `--quantization int8` gives it.
 """
 
 import argparse
@@ -159,12 +161,28 @@ def draw(url: str, *, start_id: int) -> list[tuple[str, list[int]]]:
     return samples
 
 
+def perplexities(model: nn.Module, urls: Sequence[str], split: Split, *, context: int) -> list[float]:
+    """Of the first window of each held-out document: in process, then as each server gives it."""
+    totals, num_labels = np.zeros(1 + len(urls)), 0
+    for index in range(split.facts.num_documents):
+        ids = split.document(index)[:context].astype(np.int64)
+        totals[0] -= float(token_logprobs(model, torch.from_numpy(ids)).sum())
+        for place, url in enumerate(urls, start=1):
+            body = {"prompt": ids.tolist(), "max_tokens": 0, "echo": True, "logprobs": 1}
+            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=300)
+            answer.raise_for_status()
+            totals[place] -= sum(answer.json()["choices"][0]["logprobs"]["token_logprobs"][1:])
+        num_labels += len(ids) - 1
+    return [math.exp(total / num_labels) for total in totals]
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", type=Path, default=HERE)
     parser.add_argument("--url", required=True)
+    parser.add_argument("--int8-url")
     parser.add_argument("--judge", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=HERE / "measured.json")
     options = parser.parse_args()
@@ -178,6 +196,14 @@ def main() -> None:
         shards.train, shards.heldout, vocab_size=shards.facts.vocab_size, start_id=start_id
     )
     results["under_kneser_ney"] = 1 - results["bits_per_byte"] / results["kneser_ney_5_bits_per_byte"]
+    urls = [url for url in (options.url, options.int8_url) if url is not None]
+    context = model.config.max_position_embeddings - 1  # a prompt that fills the context is refused
+    for name, value in zip(
+        ("perplexity_float32", "perplexity_served", "perplexity_served_int8"),
+        perplexities(model, urls, shards.heldout, context=context),
+        strict=False,
+    ):
+        results[name] = value
     samples = draw(options.url, start_id=start_id)
     heldout = [
         shards.heldout.document(index)[1 : SAMPLE_TOKENS + 1].tolist()

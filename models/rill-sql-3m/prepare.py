@@ -3,7 +3,7 @@
     apt-get download sqlite3-doc postgresql-doc-15 && for deb in *.deb; do dpkg-deb -x "$deb" unpacked; done
     python prepare.py unpacked corpus
 
-Navigation, scripts and licence banners are left out; blank lines divide paragraphs; code keeps its lines.
+Navigation, scripts and repeated paragraphs are left out; blank lines divide paragraphs; code keeps its lines.
 """
 
 import argparse
@@ -13,7 +13,11 @@ from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
-SOURCES = {"sqlite": "usr/share/doc/sqlite3", "postgresql": "usr/share/doc/postgresql-doc-15/html"}
+SOURCES = {
+    "sqlite": ("usr/share/doc/sqlite3", "public-domain"),
+    "postgresql": ("usr/share/doc/postgresql-doc-15/html", "PostgreSQL"),
+}
+"""Where the pages lie, and their licence as the package's copyright file states it."""
 SKIPPED_PAGES = re.compile(
     r"(keyword_index|sitemap|bookindex|index|docs|doclist|hlr\d+|doc_.*|requirements|capi3ref|changes|chronology)\.html"
 )
@@ -116,9 +120,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("unpacked", type=Path, help="folder that the packages were unpacked into")
     parser.add_argument("corpus", type=Path, help="folder for the text files")
+    parser.add_argument("--documents", type=Path, default=Path("documents.tsv"), help="list of what was written")
     options = parser.parse_args()
     seen: set[str] = set()
-    for name, folder in SOURCES.items():
+    listed = ["document\tlicence\tbytes"]
+    for name, (folder, licence) in SOURCES.items():
         root, num_pages, num_bytes = options.unpacked / folder, 0, 0
         pages = sorted(path for path in root.rglob("*") if re.search(r"\.html(\.gz)?$", path.name))
         (options.corpus / name).mkdir(parents=True, exist_ok=True)
@@ -130,8 +136,11 @@ def main() -> None:
                 continue
             target = "-".join(path.relative_to(root).parts).removesuffix(".gz").removesuffix(".html") + ".txt"
             (options.corpus / name / target).write_text(text + "\n", encoding="utf-8")
-            num_pages, num_bytes = num_pages + 1, num_bytes + len(text.encode())
+            size = len(text.encode()) + 1
+            listed.append(f"{name}/{target}\t{licence}\t{size}")
+            num_pages, num_bytes = num_pages + 1, num_bytes + size
         print(f"{name}: {num_pages} pages, {num_bytes / 1e6:.2f} MB")  # noqa: T201
+    options.documents.write_text("\n".join(listed) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
