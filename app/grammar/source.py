@@ -35,6 +35,8 @@ MAX_MULTIPLE = 10_000
 remainder, and counts none of them as fuel."""
 
 MAX_FRAMES = 64
+MAX_REPEATS = 8
+"""Of framed schemas in one output: a small model that may go on goes on for ever."""
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """Between the tokens of JSON. Bounded, because a small model in doubt writes spaces without an end."""
 SCHEMA_OPTIONS: Mapping[str, object] = MappingProxyType(
@@ -72,11 +74,11 @@ class FramedSchema(NamedTuple):
 
 
 def framed_json(frames: Sequence[FramedSchema], *, separator: str | None = None) -> Grammar:
-    """One of `frames`, or with a `separator` one or more of them. Raises GrammarError."""
+    """One of `frames`, or with a `separator` up to MAX_REPEATS of them. Raises GrammarError."""
     if not frames:
         raise GrammarError("there is nothing to choose from")
     _check_size(len(frames), MAX_FRAMES, what="the list", unit="schemas")
-    rest = "" if separator is None else f" ({_quoted(separator)} one)*"
+    rest = "" if separator is None else f" ({_quoted(separator)} one){{0,{MAX_REPEATS - 1}}}"
     rules = [f"start: one{rest}", "one: " + " | ".join(f"frame_{index}" for index in range(len(frames)))]
     size = 0
     for index, frame in enumerate(frames):

@@ -175,7 +175,7 @@ def test_what_is_asked_for_is_what_is_found(tools: FakeServer) -> None:
             TAGGED,
             {"tool_choice": "required"},
             [CALLS.partition("\n")[2], NOW, ROME + "\n" + NOW],
-            ["Let", NOW.replace("{}", '{"x": 1}')],
+            ["Let", NOW.replace("{}", '{"x": 1}'), "\n".join([NOW] * 9)],
         ),
         (TAGGED, {"tool_choice": "required", "parallel_tool_calls": False}, [NOW, ROME], [ROME + "\n" + NOW]),
         (TEMPLATE, {"tool_choice": NAMED}, [ROME.replace("Rome", "x")], [NOW]),

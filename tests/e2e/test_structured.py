@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import anthropic
 import httpx
 import jsonschema
 import pytest
@@ -202,3 +203,24 @@ def test_forced_calls_parse_and_validate(server: Server) -> None:
     auto = {"messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
     refused = server.http.post("/v1/chat/completions", json=auto)
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "tools_not_supported"
+
+
+def test_anthropics_client_with_the_default_model(server: Server) -> None:
+    model = server.http.get("/v1/models").json()["data"][0]["id"]
+    ask: list[Any] = [{"role": "user", "content": "Once upon a time"}]
+    tool: Any = {"name": "move_to", "input_schema": MOVE}
+    with anthropic.Anthropic(base_url=str(server.http.base_url), api_key="none", max_retries=0) as client:
+        counted = client.messages.count_tokens(model=model, messages=ask)
+        with client.messages.stream(model=model, max_tokens=12, messages=ask) as stream:
+            text = "".join(stream.text_stream)
+            final = stream.get_final_message()
+        assert text and final.stop_reason == "max_tokens" and final.usage.output_tokens == 12
+        cached = final.usage.cache_read_input_tokens or 0
+        assert final.usage.input_tokens + cached == counted.input_tokens
+        forced = client.messages.create(
+            model=model, max_tokens=120, messages=ask, tools=[tool], tool_choice={"type": "tool", "name": "move_to"}
+        )
+    assert forced.stop_reason == "tool_use"
+    (block,) = forced.content
+    assert block.type == "tool_use"
+    jsonschema.validate(block.input, MOVE)

@@ -34,6 +34,19 @@ def test_a_schema_is_kept_as_it_is_in_the_order_of_its_keys() -> None:
     assert source.json_object() == Grammar(GrammarKind.JSON_SCHEMA, '{"type":"object"}')
 
 
+def test_framed_schemas_are_bounded_together() -> None:
+    frame = source.FramedSchema("<", {"type": "object", "description": "x" * 50_000}, ">")
+    assert source.framed_json([frame]).source.startswith('start: one\none: frame_0\nframe_0: "<" json_0 ">"\n')
+    with pytest.raises(GrammarError, match="together"):
+        source.framed_json([frame, frame, frame])
+    with pytest.raises(GrammarError, match="65 schemas"):
+        source.framed_json([source.FramedSchema("", {}, "")] * 65)
+    with pytest.raises(GrammarError, match="nothing"):
+        source.framed_json([])
+    with pytest.raises(GrammarError, match="deeper"):
+        source.framed_json([source.FramedSchema("", nested(65), "")])
+
+
 def test_choices_are_kept_once() -> None:
     assert source.choice(["b", "a", "b"]) == Grammar(GrammarKind.CHOICE, '["b","a"]')
 

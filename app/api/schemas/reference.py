@@ -119,9 +119,10 @@ no effect: it is treated as an unknown field, `chat_template_kwargs.NAME`.
 With `tool_choice` auto the template shows them to the model, which may call them; a template that does not read
 `tools` makes that a 400. Calls are found in the text in the form of Hermes and Qwen (`<tool_call>`) and as bare JSON
 (Llama, Mistral); their arguments are passed on as the model wrote them. With required, or the name of a function,
-a grammar holds the output to calls whose arguments match the tool's schema, so that they parse unless the answer
-finishes with "length"; this needs no template that reads tools, but a model that was not shown a tool knows nothing
-of it beyond its schema's words. With none the tools are not shown. A schema must be of an object.
+a grammar holds the output to calls whose arguments match the tool's schema (one of a named function, else up to 8),
+so that they parse unless the answer finishes with "length"; this needs no template that reads tools, but a model
+that was not shown a tool knows nothing of it beyond its schema's words. With none the tools are not shown. A schema
+must be of an object.
 `response_format` and `structured_outputs` beside tools need `tool_choice` none. An answer with calls finishes with
 "tool_calls".
 
