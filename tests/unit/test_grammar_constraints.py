@@ -1,0 +1,138 @@
+"""The engine's grammars without an engine: rows come, move and go, and nothing of them stays."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from app.core.plan import LogitsNeed, PlanEntry, RowResult, RowStart, StepPlan, StepResult
+from app.core.types import EngineRequest, Grammar
+from app.grammar import source
+from app.grammar.constraints import Constraints, Prepared
+from tests.fakes import make_request
+from tests.text_tokenizers import byte_level
+
+AB = source.regex("(ab){3}")
+A, B = (byte_level().encode_now(letter, False)[0] for letter in "ab")
+
+
+class Bench:
+    """Constraints, and a wait for what they prepare."""
+
+    def __init__(self, folder: Path) -> None:
+        self._woken = threading.Semaphore(0)
+        self.grammars = Constraints(
+            folder, vocab_size=byte_level().vocab_size, eos_token_ids=(1,), wake=self._woken.release
+        )
+
+    def prepared(self) -> list[Prepared]:
+        assert self._woken.acquire(timeout=30)
+        return self.grammars.take_prepared()
+
+    def begin(self, request_id: str, grammar: Grammar = AB) -> EngineRequest:
+        request = make_request(request_id, [5])
+        request = msgspec.structs.replace(request, params=msgspec.structs.replace(request.params, grammar=grammar))
+        self.grammars.begin(request)
+        return request
+
+    def ready(self, request_id: str) -> EngineRequest:
+        request = self.begin(request_id)
+        assert self.prepared() == [Prepared(request_id, None)]
+        return request
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    byte_level()._library.save(str(tmp_path / "tokenizer.json"))
+    return Bench(tmp_path)
+
+
+def entry(row: int, request: EngineRequest | None = None, *, sample: bool = True) -> PlanEntry:
+    start = None if request is None else RowStart(request.request_id, request.params, request.prompt_token_ids, ())
+    return PlanEntry(row, 0, (5,), 0, (0,), 0, LogitsNeed.LAST if sample else LogitsNeed.NONE, sample, start)
+
+
+def plan(*entries: PlanEntry, released: tuple[int, ...] = ()) -> StepPlan:
+    return StepPlan(1, entries, released)
+
+
+def result(*rows: RowResult) -> StepResult:
+    return StepResult(1, rows)
+
+
+def forbids(mask: object) -> Callable[[int], bool]:
+    return lambda token_id: not (mask[token_id // 32] >> (token_id % 32) & 1)  # type: ignore[index]
+
+
+def test_nothing_happens_without_a_grammar(bench: Bench) -> None:
+    grammars = bench.grammars
+    request = make_request("plain", [5])
+    grammars.begin(request)
+    step = plan(entry(0, request))
+    drawn = result(RowResult(0, (7,)))
+    assert grammars.take_prepared() == [] and grammars.masks(step) is None and grammars.accept(step, drawn) is drawn
+    grammars.forget(["plain"])
+
+
+def test_a_row_is_followed_from_its_start_to_its_end(bench: Bench) -> None:
+    request, plain = bench.ready("a"), make_request("plain", [5])
+    grammars = bench.grammars
+    chunk = plan(entry(4, request, sample=False), entry(2, plain))
+    assert grammars.masks(chunk) == {}
+    assert grammars.accept(chunk, result(RowResult(4), RowResult(2, (9,)))) == result(RowResult(4), RowResult(2, (9,)))
+    for token_id, other in [(A, B), (B, A)] * 2 + [(A, B)]:
+        step = plan(entry(2), entry(4))
+        masks = grammars.masks(step)
+        assert masks is not None and set(masks) == {4}
+        assert forbids(masks[4])(other) and not forbids(masks[4])(token_id)
+        drawn = result(RowResult(2, (9,)), RowResult(4, (token_id,)))
+        assert grammars.accept(step, drawn) == drawn
+    step = plan(entry(4))
+    grammars.masks(step)
+    assert grammars.accept(step, result(RowResult(4, (B,)))) == result(RowResult(4, (B,), is_end=True))
+    grammars.forget(["a"])
+    assert grammars.masks(plan(entry(2))) is None
+
+
+def test_a_preempted_sequence_goes_on_in_another_row(bench: Bench) -> None:
+    request, grammars = bench.ready("a"), bench.grammars
+    first = plan(entry(0, request))
+    grammars.masks(first)
+    grammars.accept(first, result(RowResult(0, (A,))))
+    meanwhile = plan(entry(0, make_request("plain", [5])), released=(0,))
+    assert not grammars.masks(meanwhile)
+    drawn = result(RowResult(0, (B,)))
+    assert grammars.accept(meanwhile, drawn) == drawn  # another's token in the row that it had
+    again = grammars.masks(plan(entry(0), entry(3, request)))
+    assert again is not None and set(again) == {3}
+    assert forbids(again[3])(A) and not forbids(again[3])(B)
+
+
+def test_a_failed_row_keeps_its_own_error(bench: Bench) -> None:
+    request, grammars = bench.ready("a"), bench.grammars
+    step = plan(entry(0, request))
+    grammars.masks(step)
+    failed = result(RowResult(0, error="logits are not finite"))
+    assert grammars.accept(step, failed) == failed
+
+
+def test_a_token_that_the_grammar_forbids_is_an_error_of_the_row(bench: Bench) -> None:
+    request, grammars = bench.ready("a"), bench.grammars
+    step = plan(entry(0, request))
+    grammars.masks(step)
+    (row,) = grammars.accept(step, result(RowResult(0, (B,)))).rows
+    assert row.token_ids == () and row.error is not None
+
+
+def test_what_was_forgotten_while_it_was_prepared_is_never_ready(bench: Bench) -> None:
+    bench.begin("gone")
+    bench.grammars.forget(["gone"])
+    bench.begin("wrong", source.lark("start: missing"))
+    found: list[Prepared] = []
+    while not found:
+        found = bench.prepared()
+    assert [one.request_id for one in found] == ["wrong"]
+    assert found[0].error is not None and "missing" in found[0].error
+    assert bench.grammars.masks(plan(entry(0, make_request("plain", [5])))) is None  # nothing is left
