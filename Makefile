@@ -93,7 +93,7 @@ clean:
 # Stamps: a second `make serve` installs nothing. Each is made anew when what it was made from changes.
 $(VENV)/.created: requirements/pip.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Headwater needs Python 3.11 or newer; make PYTHON=python3.12 ... names another")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(LOCKED) requirements/pip.txt
 	@touch $@
 

@@ -1,0 +1,33 @@
+"""The first line of `make serve`: an environment that was left half made is made again."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_an_environment_without_pip_is_made_again(tmp_path: Path) -> None:
+    """What Debian's `python3 -m venv` leaves behind when the package python3-venv is missing."""
+    make = shutil.which("make")
+    if make is None or importlib.util.find_spec("ensurepip") is None:
+        pytest.skip("needs make and ensurepip (Debian's python3-venv)")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements" / "pip.txt").touch()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+
+    command = [make, ".venv/.created", f"PYTHON={sys.executable}", "VENV=.venv"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert subprocess.run([tmp_path / ".venv" / "bin" / "python", "-m", "pip", "--version"], check=False).returncode == 0
+
+
+def test_ci_installs_what_makes_environments() -> None:
+    text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "python3 -c 'import ensurepip'" in text and "packages+=(python3-venv)" in text
