@@ -1,4 +1,4 @@
-"""Who is blamed for the death of an engine. Pure.
+"""What goes to the next engine in which parts, and who is blamed for the death of the last one. Pure.
 
 Blame is proved, not counted. A death that came from inside puts every sequence of the step that did not end on
 probation: the next engine computes each of them in steps of its own until it has brought a token
@@ -6,11 +6,15 @@ probation: the next engine computes each of them in steps of its own until it ha
 came from outside (somebody's kill -9 or SIGSTOP) blames nobody.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
 from app.client.journal import LiveSequence
+from app.core.types import EngineRequest
+
+MAX_PART_BYTES = 16 * 1024 * 1024
+"""Encoded requests in one Add message: far below the frame limit, so that only a lone request can exceed that."""
 
 
 class Blame(msgspec.Struct, frozen=True):
@@ -41,3 +45,20 @@ def blame(live: Iterable[LiveSequence], keys_in_step: Sequence[int], *, is_self_
     for sequence in in_step:
         sequence.is_on_probation = True
     return Blame(in_step)
+
+
+def in_parts(
+    requests: Iterable[EngineRequest], *, max_bytes: int = MAX_PART_BYTES
+) -> Iterator[tuple[EngineRequest, ...]]:
+    """Requests in groups of at most `max_bytes` bytes as they are sent, or of one."""
+    part: list[EngineRequest] = []
+    num_bytes = 0
+    for request in requests:
+        size = len(msgspec.msgpack.encode(request))
+        if part and num_bytes + size > max_bytes:
+            yield tuple(part)
+            part, num_bytes = [], 0
+        part.append(request)
+        num_bytes += size
+    if part:
+        yield tuple(part)

@@ -11,12 +11,12 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable
 
 import msgspec
 
 from app.client.engine_client import EngineState, EngineStatus
-from app.client.handover import blame
+from app.client.handover import blame, in_parts
 from app.client.journal import Journal, LiveSequence
 from app.client.process import EngineLaunch, EngineProcess
 from app.client.quarantine import Quarantine
@@ -25,21 +25,24 @@ from app.client.restart import RestartBudget
 from app.client.settings import Supervision
 from app.client.supervisor import EngineDeath, EngineLife
 from app.core.config import EngineConfig
-from app.core.errors import ConfigurationError, EngineFailed, EngineUnavailable
+from app.core.errors import ConfigurationError, EngineFailed, EngineUnavailable, InvalidRequest
 from app.core.types import EngineLimits, EngineOutput, EngineRequest, FinishReason, StepStats
 from app.ipc.messages import Abort, Add, Ready, StepOutputs
+from app.ipc.transport import FrameError
 
 logger = logging.getLogger("headwater.client")
 
 UNKNOWN_LOAD_SECONDS = 4.0
 """What a load is taken to last before the first one was seen."""
-MAX_TOKENS_PER_ADD = 1_000_000
-"""Token ids in one Add message, so that handing over many long sequences stays under the frame limit."""
 
 CONVICTED = (
     "This request ended the engine twice: in a step with others, and then in a step that computed nothing else. "
     "It was ended and is in quarantine; do not send it again."
 )
+TOO_LARGE = (
+    "This request is too large to be sent to the engine: send one with a shorter grammar, prompt or lists of ids."
+)
+OUTGREW = "This request became too large to be handed over to another engine with the tokens that it has brought."
 QUARANTINED = "This request ended the engine before and is in quarantine: it is not tried again for ten minutes."
 
 StepObserver = Callable[[int, StepStats], None]
@@ -123,7 +126,7 @@ class LocalEngineClient:
 
         A failure of the sequence inside the engine is an output with the finish reason `error`;
         EngineFailed is raised where engines could not be kept alive, or died by this sequence.
-        Raises ValueError where a live sequence has the same id.
+        Raises InvalidRequest where it is too large to be sent, ValueError where a live sequence has the same id.
         """
         sequence = self._admit(request)
         try:
@@ -187,9 +190,15 @@ class LocalEngineClient:
         if self._quarantine.holds(request):
             raise EngineFailed(QUARANTINED)
         sequence = self._journal.admit(request)
+        try:
+            self._life.send(Add((request,)))
+        except Exception as error:  # it was not sent, so nobody will end it
+            self._journal.remove(sequence)
+            if isinstance(error, FrameError):
+                raise InvalidRequest(TOO_LARGE) from error
+            raise
         self._empty.clear()
         self._life.has_live = True
-        self._life.send(Add((request,)))
         return sequence
 
     def _refusal(self) -> EngineUnavailable:
@@ -217,9 +226,16 @@ class LocalEngineClient:
             self._life.has_live = not is_empty
 
     def _send_all(self, sequences: Iterable[LiveSequence]) -> None:
-        if self._life is not None:
-            for requests in _in_parts(sequence.hand_over() for sequence in sequences):
+        if self._life is None:
+            return
+        for requests in in_parts(sequence.hand_over() for sequence in sequences):
+            try:
                 self._life.send(Add(requests))
+            except FrameError:  # a lone one: several together are far from the limit
+                for request in requests:
+                    self._journal.receive(
+                        EngineOutput(request.request_id, finish_reason=FinishReason.ERROR, error=OUTGREW)
+                    )
 
     # Engines
 
@@ -347,18 +363,3 @@ class LocalEngineClient:
         for sequence in self._journal.pop_all():
             sequence.fail(message)
         self._empty.set()
-
-
-def _in_parts(requests: Iterable[EngineRequest]) -> Iterator[tuple[EngineRequest, ...]]:
-    """Requests in groups of at most MAX_TOKENS_PER_ADD token ids, or of one."""
-    part: list[EngineRequest] = []
-    num_tokens = 0
-    for request in requests:
-        length = len(request.prompt_token_ids) + len(request.output_token_ids)
-        if part and num_tokens + length > MAX_TOKENS_PER_ADD:
-            yield tuple(part)
-            part, num_tokens = [], 0
-        part.append(request)
-        num_tokens += length
-    if part:
-        yield tuple(part)

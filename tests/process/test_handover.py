@@ -9,8 +9,10 @@ import pytest
 from app.client.engine_client import EngineState
 from app.client.settings import Supervision
 from app.core.config import EngineConfig
-from app.core.errors import EngineFailed, EngineUnavailable
+from app.core.errors import EngineFailed, EngineUnavailable, InvalidRequest
 from app.core.types import EngineRequest, FinishReason
+from app.ipc.messages import Add
+from app.ipc.transport import MAX_FRAME_BYTES, encode_frame
 from tests.process.engines import (
     IMPATIENT,
     Answer,
@@ -216,6 +218,46 @@ async def test_a_sequence_is_aborted_while_no_engine_is_there() -> None:
         await until_ready(client)
         await complete(client, request("b"))
         await until_idle(client)
+
+
+async def test_many_large_requests_are_handed_over_in_parts() -> None:
+    salts = [str(index) * 14_000_000 for index in range(5)]  # together more than a frame holds
+    asked = [msgspec.structs.replace(request(f"r{salt[0]}", max_tokens=60), cache_salt=salt) for salt in salts]
+    supervision = msgspec.structs.replace(IMPATIENT, hang_seconds=10.0)
+    async with running(scripted(step_seconds=0.02), supervision=supervision) as client:
+        answers = [Answer() for _ in asked]
+        tasks = [asyncio.create_task(a.fill(client, each)) for a, each in zip(answers, asked, strict=True)]
+        await until(lambda: all(a.token_ids for a in answers))
+        hurt(client, signal.SIGKILL)
+        await asyncio.gather(*tasks)
+        assert client.status.generation == 2
+    assert {len(answer.token_ids) for answer in answers} == {60}
+
+
+async def test_a_request_that_no_frame_holds_is_refused_alone() -> None:
+    large = msgspec.structs.replace(request("large"), cache_salt="x" * (MAX_FRAME_BYTES + 1))
+    async with running(scripted()) as client:
+        with pytest.raises(InvalidRequest, match="large"):
+            await complete(client, large)
+        assert client.status.num_live_requests == 0
+        assert len((await complete(client, request("a"))).token_ids) == 20
+        assert client.status.generation == 1
+
+
+async def test_a_sequence_that_outgrows_the_frame_ends_alone() -> None:
+    async with running(scripted(step_seconds=0.002)) as client:
+        answer, grown = Answer(), Answer()
+        asked = request("grown", max_tokens=3000)
+        room = MAX_FRAME_BYTES - len(encode_frame(Add((asked,)))) - 100
+        asked = msgspec.structs.replace(asked, cache_salt="x" * room)
+        task = asyncio.create_task(answer.fill(client, request("a", max_tokens=400)))
+        growing = asyncio.create_task(grown.fill(client, asked))
+        await until(lambda: len(grown.token_ids) > 150)
+        hurt(client, signal.SIGKILL)
+        await asyncio.gather(task, growing)
+        assert grown.finish_reason is FinishReason.ERROR and "too large" in str(grown.outputs[-1].error)
+        assert client.status.generation == 2
+    assert len(answer.token_ids) == 400
 
 
 def _logprobs(answer: Answer) -> list[object]:

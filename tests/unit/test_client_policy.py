@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from app.client.autopsy import MemoryWatch, find_kill_counter, is_self_inflicted, is_stopped
-from app.client.handover import Blame, blame
+from app.client.handover import Blame, blame, in_parts
 from app.client.journal import LiveSequence
 from app.client.process import describe_returncode
 from app.client.quarantine import MAX_ENTRIES, QUARANTINE_SECONDS, Quarantine
@@ -17,7 +17,7 @@ from app.client.restart import RestartBudget
 from app.client.settings import Supervision
 from app.client.stall import StallWatch, StepTimes
 from app.client.starvation import RunQueueWait
-from app.core.types import EngineOutput, EngineRequest, SamplingParams
+from app.core.types import EngineOutput, EngineRequest, Grammar, GrammarKind, SamplingParams
 from app.ipc.progress import EnginePhase, Progress
 
 SUPERVISION = Supervision(tick_seconds=1.0)
@@ -160,6 +160,20 @@ class TestStallWatch:
         stepping = page(EnginePhase.STEPPING)
         for now in (0.0, 1.0, 3600.0, 3601.0):
             assert watch.look(stepping, now, is_ready=True, has_live=True) is None
+
+
+class TestParts:
+    def test_all_that_is_sent_counts(self) -> None:
+        plain = sequence("a").request
+        params = [
+            SamplingParams(seed=0, max_tokens=9, grammar=Grammar(GrammarKind.REGEX, "a" * 600)),
+            SamplingParams(seed=0, max_tokens=9, logit_bias=tuple((index, 0.5) for index in range(100))),
+            SamplingParams(seed=0, max_tokens=9, allowed_token_ids=tuple(range(300))),
+            SamplingParams(seed=0, max_tokens=9, bad_words=((1, 2, 3),) * 200),
+        ]
+        large = [msgspec.structs.replace(plain, params=each) for each in params]
+        assert list(in_parts(large, max_bytes=1000)) == [(each,) for each in large]
+        assert list(in_parts([plain] * 5, max_bytes=1000)) == [(plain,) * 5]
 
 
 class TestBlame:
