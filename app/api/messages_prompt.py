@@ -38,6 +38,11 @@ async def render_conversation(
     template = require_template(context)
     chat = _chat_request(request)
     plan = plan_tools(chat, template, num_bytes=num_tool_bytes, schema_field="input_schema")
+    if plan is not None and plan.grammar is not None and chat.stop:
+        raise InvalidRequest(
+            "`stop_sequences` could end a call that `tool_choice` asks for before it is whole: leave one of them out.",
+            param="stop_sequences",
+        )
     messages = _Turns(context).all_of(request)
     continues = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
     call = partial(

@@ -132,8 +132,8 @@ class ToolParser:
                 self._take_call(char)
             case _State.BETWEEN:
                 self._take_between(char)
-            case _State.DONE:
-                pass
+            case _:
+                pass  # behind the only call that was asked for
 
     def _take_first(self, char: str) -> None:
         if char in _SPACE:
@@ -333,10 +333,13 @@ class _CallReader:
             is_end = self._depth == 0
         elif not self._depth and char in _SPACE + ",}":
             # The end of a number or a word, and no part of it.
-            return self._merge(self._end_value(), self._end_scalar(char))
+            ended = self._end_value()
+            after = self._end_scalar(char)
+            return after if ended is None else ended
         self._value += char
         streamed = self._stream(char) if self._is_streamed else None
-        return self._merge(streamed, self._end_value()) if is_end else streamed
+        ended = self._end_value() if is_end else None
+        return ended if streamed is None else streamed
 
     @property
     def _is_streamed(self) -> bool:
@@ -358,6 +361,8 @@ class _CallReader:
         return _Found(self._name, arguments)
 
     def _end_scalar(self, char: str) -> _Found | None:
+        if self.is_over:
+            return None
         self._place = _Place.AFTER
         if char == ",":
             self._place = _Place.KEY
@@ -374,6 +379,9 @@ class _CallReader:
             return self._end_name()
         if self._key in _ARGUMENTS and self._value[0] != "{":
             self._waiting = _text_of(self._value) if self._value[0] == '"' else "{}"
+            self.is_over = self._value[0] != '"' and self._value != "null"
+            if self.is_over:
+                return None
             return None if self._name is None else self._begin(self._waiting)
         return None
 
@@ -390,17 +398,10 @@ class _CallReader:
             return None
         return self._begin("{}")
 
-    @staticmethod
-    def _merge(first: _Found | None, second: _Found | None) -> _Found | None:
-        if first is None or second is None:
-            return second if first is None else first
-        return _Found(first.name or second.name, first.arguments + second.arguments)
-
 
 def _text_of(quoted: str) -> str:
     """The text of a JSON string; as it stands where it is none."""
     try:
-        value = json.loads(quoted, strict=False)
+        return str(json.loads(quoted, strict=False))
     except ValueError:
         return quoted[1:-1]
-    return value if isinstance(value, str) else quoted

@@ -256,6 +256,7 @@ def test_a_final_message_of_the_assistant_is_gone_on_with(server: FakeServer, cl
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "nope"}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "any"}, "stop_sequences": ["x"]}, "`stop_sequences`"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
         ({"output_config": {"format": {}}}, "response_format"),
         ({"container": "x"}, "container"),

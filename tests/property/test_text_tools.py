@@ -58,6 +58,21 @@ CASES: dict[str, tuple[str, str, list[tuple[str, str]]]] = {
         '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
         [],
     ),
+    "arguments that are a word": (
+        '<tool_call>{"name": "f", "arguments": nope}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": nope}</tool_call>',
+        [],
+    ),
+    "escapes": (
+        '<tool_call>{"a\\"b": "\\"}", "arguments": null, "name": "x\\y", "arguments": {"b": 1}}</tool_call>',
+        "",
+        [("x\\y", "{}")],
+    ),
+    "more behind the arguments": (
+        '<tool_call>{"name": "f", "arguments": {"a": [{}]}, "id": 7, "parameters": {}, "x": [1, "]"] }</tool_call>',
+        "",
+        [("f", '{"a": [{}]}')],
+    ),
     "broken arguments are passed on": (
         '<tool_call>{"name": "f", "arguments": {"a": nope,}}</tool_call>',
         "",

@@ -3,6 +3,8 @@
 from hashlib import blake2b
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from app.api.deps import OpenAIDefaults, ServerContext
 from app.api.schemas.completions import CompletionRequest
@@ -51,6 +53,17 @@ async def test_everything_of_the_engine_request_is_passed_on() -> None:
     (sequence,) = (await prepare(request, byte_level())).sequences
     assert (sequence.engine_request.cache_salt, sequence.engine_request.priority) == ("salt", -3)
     assert sequence.engine_request.params.temperature == 0.5
+
+
+async def test_bytes_without_a_token_do_not_make_a_prompt_too_long() -> None:
+    library = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(library, special_tokens={})
+    (sequence,) = (await prepare(CompletionRequest(prompt="ab" + "\x04" * 5000), tokenizer)).sequences
+    assert sequence.prompt.token_ids == (2,)
+    with pytest.raises(InvalidRequest, match="characters"):
+        await prepare(CompletionRequest(prompt="ab" * 2500), tokenizer)
 
 
 async def test_bad_words_are_banned_at_a_start_and_after_a_space() -> None:

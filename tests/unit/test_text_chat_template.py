@@ -12,6 +12,7 @@ from tokenizers import models
 
 from app.core.errors import ConfigurationError, InvalidRequest
 from app.text import ChatTemplate
+from app.text.tools import CallForm
 from tests.store_models import default_model_folder
 
 transformers = pytest.importorskip("transformers")
@@ -320,3 +321,14 @@ def test_the_variables_that_a_template_reads() -> None:
     assert template.variables == {"enable_thinking", "date_format", "of_tools"}
     assert not template.knows_developer
     assert ChatTemplate({"default": "{{ messages['developer'] }}"}, special_tokens={}).knows_developer
+
+
+def test_how_a_templates_model_calls_tools() -> None:
+    def form(source: str) -> tuple[bool, CallForm]:
+        template = ChatTemplate({"default": source}, special_tokens=SPECIAL)
+        return template.reads_tools, template.call_form
+
+    assert form(QWEN) == (True, CallForm.TAGGED)
+    assert form(LLAMA3) == (True, CallForm.BARE)
+    assert form(SMOLLM2) == (False, CallForm.TAGGED)
+    assert form("{% set tools = [] %}{{ tools }}") == (False, CallForm.TAGGED)
