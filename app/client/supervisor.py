@@ -166,7 +166,8 @@ class EngineLife:
             )
             self._memory.tick(time.monotonic())
             if accusation is not None:
-                self._accusation = self._accuse(accusation)
+                if self._accusation is None:  # what is seen while the process goes is not what it is killed for
+                    self._accusation = self._accuse(accusation)
                 self._process.kill()
             if self._process.returncode is not None:
                 await asyncio.sleep(self._supervision.tick_seconds)  # let what it had sent be read

@@ -12,9 +12,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from app.client.autopsy import is_stopped
 from app.client.engine_client import EngineState
 from app.client.local import LocalEngineClient
 from app.client.process import EngineLaunch, EngineProcess
+from app.client.supervisor import EngineDeath, EngineLife
 from app.core.config import EngineConfig
 from app.core.errors import ConfigurationError, EngineFailed, EngineUnavailable
 from app.core.types import FinishReason
@@ -225,6 +227,35 @@ async def test_late_messages_of_an_old_engine_are_dropped(monkeypatch: pytest.Mo
         assert (await anext(stream)).token_ids == (1,)
         await stream.aclose()
         assert client.status.generation == 1
+
+
+class LingeringProcess(EngineProcess):
+    """A stopped engine that is slow to die: it leaves its stop with the first kill and goes with the second."""
+
+    num_kills = 0
+
+    def kill(self) -> None:
+        self.num_kills += 1
+        if self.num_kills == 1:
+            os.kill(self.pid, signal.SIGCONT)
+            wait_for(lambda: not is_stopped(self.pid))
+        else:
+            super().kill()
+
+
+async def test_an_accusation_stands_while_the_process_goes() -> None:
+    supervision = msgspec.structs.replace(IMPATIENT, load_seconds=0.3)
+    process = LingeringProcess.spawn(1, scripted(load_seconds=60.0))
+    life = EngineLife(process, supervision=supervision)
+    await life.begin()
+    await until(lambda: phase_of(process) is EnginePhase.LOADING)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(EngineDeath, match="somebody had stopped it") as death:
+            await life.receive()
+        assert not death.value.is_self_inflicted
+    finally:
+        await life.end()
 
 
 LOADS_NO_TORCH = """
