@@ -2,7 +2,9 @@
 
 uvicorn gathers a request's head without a limit of size or time: one endless header holds the event loop
 for minutes and memory for ever, and a connection that sends a byte now and then is never closed. Here a
-head has at most 64 KiB and 30 seconds. Also: small writes go out at once on every event loop (TCP_NODELAY),
+head has at most 64 KiB and 30 seconds. So have, after it, chunk extensions and trailers: 64 KiB without a byte
+of body; and the whole message ends within 75 seconds, in which bytes that this side does not read yet are
+nobody's fault. Also: small writes go out at once on every event loop (TCP_NODELAY),
 and a closed connection is told to the request that runs, not to the last one pipelined behind it.
 """
 
@@ -18,6 +20,8 @@ from app.core.errors import ClientError
 
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_SECONDS = 30.0
+MESSAGE_SECONDS = 75.0
+"""From the head to the end of the body: more than the routes give a body, so that theirs is the answer."""
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -25,11 +29,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     max_head_bytes = MAX_HEAD_BYTES
     head_seconds = HEAD_SECONDS
+    message_seconds = MESSAGE_SECONDS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._awaits_head = True
         self._head_bytes = 0
+        """Of a head, or of what came since then or since the last of a body."""
+        self._is_counted = True
+        """The bytes being parsed hold nothing of a body and no message's end."""
         self._deadline: asyncio.TimerHandle | None = None
         self._running: RequestResponseCycle | None = None
 
@@ -39,7 +47,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._arm()
+        self._arm(self.head_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed: the running request must know, the pipelined ones never start."""
@@ -52,10 +60,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse; give up on a head that grows beyond the limit."""
+        """Parse; give up on a head, or on trailers, that grow beyond the limit."""
+        self._is_counted = True
         super().data_received(data)
         # A chunk is counted whole, with what it holds of an earlier body: chunks are small against the limit.
-        if self._awaits_head and not self.transport.is_closing():
+        if (self._awaits_head or self._is_counted) and not self.transport.is_closing():
             self._head_bytes += len(data)
             if self._head_bytes > self.max_head_bytes:
                 self._refuse(HeadTooLarge(f"The request's headers exceed {self.max_head_bytes} bytes."))
@@ -65,34 +74,54 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._awaits_head = True
         self._head_bytes = 0
-        self._disarm()
-        self._arm()
+        self._arm(self.head_seconds)
 
     def on_headers_complete(self) -> None:
         """The head is whole."""
         self._awaits_head = False
-        self._disarm()
+        self._arm(self.message_seconds)
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Some of the body."""
+        self._is_counted = False
+        self._head_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole, trailers and all."""
+        self._is_counted = False
+        self._head_bytes = 0
+        self._disarm()
+        super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         super()._start_asgi_task(cycle, app)
 
-    def _arm(self) -> None:
-        self._deadline = self.loop.call_later(self.head_seconds, self._expire)
+    def _arm(self, seconds: float) -> None:
+        self._disarm()
+        self._deadline = self.loop.call_later(seconds, self._expire, seconds)
 
     def _disarm(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
-    def _expire(self) -> None:
-        if not self.transport.is_closing():
-            self._refuse(HeadTimeout(f"The request's headers did not arrive within {self.head_seconds:g} s."))
+    def _expire(self, seconds: float) -> None:
+        if self.transport.is_closing():
+            return
+        if self.flow.read_paused:  # the rest may have come: it is this side that does not read
+            self._arm(seconds)
+            return
+        what = "headers" if self._awaits_head else "end"
+        self._refuse(HeadTimeout(f"The request's {what} did not arrive within {seconds:g} s."))
 
     def _refuse(self, error: ClientError) -> None:
-        """Answer, unless an earlier request of this connection is being answered, and close."""
-        if self._running is None or self._running.response_complete:
+        """Answer a head, unless an earlier request of this connection is being answered, and close."""
+        # After a whole head the request has its answer, or a route that gives it: a second one would be taken
+        # for that to the next request.
+        if self._awaits_head and (self._running is None or self._running.response_complete):
             body = msgspec.json.encode(error_body(error))
             head = f"HTTP/1.1 {kind_of(error).status} Refused\r\ncontent-type: application/json\r\n"
             head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"

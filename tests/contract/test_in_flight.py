@@ -247,9 +247,10 @@ def test_a_pipelining_client_that_leaves_ends_what_runs_and_starts_nothing_more(
 
 
 class Impatient(BoundedHttpProtocol):
-    """Heads are due at once."""
+    """Heads and bodies are due at once."""
 
     head_seconds = 0.1
+    message_seconds = 0.2
 
 
 def test_an_endless_head_is_refused(own_server: FakeServer) -> None:
@@ -273,3 +274,54 @@ def test_a_slow_head_is_closed() -> None:
                 connection.sendall(sent)
                 assert b"HTTP/1.1 408 " in read_until(connection, b"request_timeout")
                 assert connection.recv(1024) == b""
+
+
+CHUNKED = b"GET /health HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+CHUNKED_POST = (
+    b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    b'transfer-encoding: chunked\r\n\r\nd\r\n{"prompt":"a"\r\n'
+)
+
+
+def is_closed_while_sending(connection: socket.socket, piece: bytes, *, most: int) -> bool:
+    """Whether the server hangs up before `most` bytes of `piece` after `piece` went out."""
+    sent = 0
+    try:
+        while sent < most:
+            sent += connection.send(piece)
+        connection.settimeout(1)
+        while connection.recv(65536):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        pass
+    return True
+
+
+@pytest.mark.parametrize("head", [CHUNKED, CHUNKED_POST], ids=["get", "post"])
+@pytest.mark.parametrize("start", [b"0\r\nx: ", b"0;x="], ids=["trailer", "extension"])
+def test_endless_trailers_are_cut_off(own_server: FakeServer, head: bytes, start: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", own_server.port), timeout=10) as connection:
+        connection.sendall(head + start)
+        assert is_closed_while_sending(connection, b"a" * 65_536, most=8_000_000)
+
+
+@pytest.mark.parametrize("sent", [CHUNKED, CHUNKED + b"0\r\nx: a", CHUNKED + b"5\r\nab", CHUNKED_POST], ids=range(4))
+def test_a_message_that_never_ends_is_closed(sent: bytes) -> None:
+    with (
+        fake_server(protocol=Impatient) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=3) as connection,
+    ):
+        connection.sendall(sent)
+        while connection.recv(65536):
+            pass
+
+
+def test_trailers_within_the_limit_and_the_request_after_them_pass(own_server: FakeServer) -> None:
+    with socket.create_connection(("127.0.0.1", own_server.port), timeout=10) as connection:
+        for _ in range(3):
+            connection.sendall(
+                CHUNKED_POST + b'11\r\n,"max_tokens": 1}\r\n' + b"0\r\nx: " + b"a" * 30_000 + b"\r\n\r\n"
+            )
+            assert b"HTTP/1.1 200 OK" in read_until(connection, b'"finish_reason":"length"')
