@@ -17,6 +17,9 @@ from typing import NamedTuple
 
 OPEN_TAG = "<tool_call>"
 CLOSE_TAG = "</tool_call>"
+MAX_OPENING = 4096
+"""Characters in which a call must have its name and begin its arguments. Without this bound, text that begins
+like many calls, one in the other, would be read again for each."""
 _ARGUMENTS = frozenset({"arguments", "parameters"})
 _BARE_KEYS = frozenset({"name", "type", "id", *_ARGUMENTS})
 _SPACE = " \t\r\n"
@@ -91,6 +94,8 @@ class ToolParser:
         self._tag = ""
         """The beginning of a tag, or what stands between calls."""
         self._reader = _CallReader(None)
+        self._returned: list[str] = []
+        """Characters of what was no call."""
         self._text: list[str] = []
         self._calls: dict[int, CallDelta] = {}
         self.num_calls = 0
@@ -102,20 +107,30 @@ class ToolParser:
 
     def push(self, text: str) -> ToolStep:
         """Take the next text."""
-        for char in text:
-            self._take(char)
+        self._read(text)
         return self._step()
 
     def finish(self) -> ToolStep:
         """What was held back, when the stream ends."""
         while self._state is _State.CALL and not self._reader.has_begun:
             self._give_back()
+            self._read("")
         if self._state in (_State.START, _State.TEXT) or not self.has_calls:
             if self._tag or not self.has_calls:
                 self._text.append(self._space)
             self._text.append(self._tag)
             self._space = self._tag = ""
         return self._step()
+
+    def _read(self, text: str) -> None:
+        """Character by character; what is given back is read again, before the rest."""
+        rest = [*reversed(text), *reversed(self._returned)]
+        self._returned = []
+        while rest:
+            self._take(rest.pop())
+            if self._returned:
+                rest += reversed(self._returned)
+                self._returned = []
 
     def _step(self) -> ToolStep:
         step = ToolStep("".join(self._text), tuple(self._calls.values()))
@@ -218,12 +233,10 @@ class ToolParser:
 
     def _give_back(self) -> None:
         """The object was no call: all of it is text, in which calls may stand."""
-        raw, held = "".join(self._reader.raw), self._space + self._tag
+        self._text += (self._space, self._tag)
         self._space = self._tag = ""
-        self._text.append(held)
         self._state = _State.TEXT
-        for char in raw:
-            self._take(char)
+        self._returned = self._reader.raw
 
 
 class _Place(Enum):
@@ -268,6 +281,9 @@ class _CallReader:
         """What this character brought."""
         if not self.has_begun:
             self.raw.append(char)
+            if len(self.raw) > MAX_OPENING:
+                self.is_over = True
+                return None
         if self._place is _Place.IN_VALUE:
             return self._take_value(char)
         if self._place is _Place.IN_KEY:

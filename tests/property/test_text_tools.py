@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from app.text.tools import CallForm, ToolParser, call_frame
+from app.text.tools import MAX_OPENING, CallForm, ToolParser, call_frame
 
 NAMES = ("get_weather", "f", "天气")
 PARIS = '{"city": "Paris", "days": [1, {"x": "}\\"<tool_call>"}]}'
@@ -177,6 +177,15 @@ def test_arguments_are_streamed_as_they_come_and_text_is_not_held() -> None:
         (0, None, '": 1'),
         (0, None, "}"),
     ]
+
+
+def test_calls_in_calls_that_are_none_cost_no_time_and_no_stack() -> None:
+    text = '<tool_call>{"x": "' * 3000
+    assert run([text]) == (text, []) == run([text], single=True)
+    ended = text + '"' + "}" * 5
+    assert run([ended]) == (ended, [])
+    late = '<tool_call>{"x": "' + "y" * MAX_OPENING + '", "name": "f"}</tool_call>'
+    assert run([late]) == (late, []) == run(list(late))
 
 
 def test_only_the_first_call_counts_where_one_is_asked_for() -> None:
