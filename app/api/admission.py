@@ -35,6 +35,8 @@ class AdmissionLimits:
     request may exceed it when nothing else waits."""
     max_parsing_bytes: int = 128 * 1024 * 1024
     """Bodies being read, parsed and tokenized, together."""
+    max_request_ids: int = 4_000_000
+    """Token ids that the sequences of one request carry: each has its prompt and its parameters for itself."""
 
 
 class DrainRate:
@@ -115,8 +117,8 @@ class Admission:
         finally:
             self.num_parsing_bytes -= num_bytes
 
-    def admit(self, num_prompt_tokens: list[int], *, max_model_len: int) -> list[Place]:
-        """A place for each sequence, given the token counts of their prompts.
+    def admit(self, num_prompt_tokens: list[int], *, max_model_len: int, num_param_ids: int = 0) -> list[Place]:
+        """A place for each sequence, given the token counts of their prompts and of each one's parameters.
 
         Raises TooManyRequests, or InvalidRequest where the request alone exceeds what could ever be live.
         """
@@ -126,6 +128,13 @@ class Admission:
             raise InvalidRequest(
                 f"`n` times the number of prompts is {num_sequences}; "
                 f"this server takes at most {limits.max_live_sequences} at once.",
+                param="n",
+            )
+        num_ids = sum(num_prompt_tokens) + num_sequences * num_param_ids
+        if num_ids > limits.max_request_ids:
+            raise InvalidRequest(
+                f"The {num_sequences} sequences of this request carry {num_ids} token ids, prompts and parameters "
+                f"together; at most {limits.max_request_ids} are taken. Lower `n` or send fewer prompts.",
                 param="n",
             )
         if self.num_live_sequences + num_sequences > limits.max_live_sequences:

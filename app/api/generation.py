@@ -29,7 +29,7 @@ from app.api.schemas.decode import decode_keys
 from app.api.schemas.field_rules import FieldTable, UnknownFields, ignored_header
 from app.api.sequence_text import Delta, SequenceAborted, SequenceText
 from app.api.sse import EventStream
-from app.api.translate import PreparedGeneration, PreparedSequence
+from app.api.translate import PreparedGeneration, PreparedSequence, num_ids
 from app.core.errors import EngineFailed
 from app.core.types import EngineLimits, EngineOutput, FinishReason
 from app.observability.sequence_meter import SequenceMeter
@@ -146,7 +146,8 @@ class GenerationAnswer:
     def _admit(self, prepared: PreparedGeneration, limits: EngineLimits) -> list[LiveSequence]:
         context, request = self._context, self._request
         counts = [len(sequence.prompt.token_ids) for sequence in prepared.sequences]
-        places = context.admission.admit(counts, max_model_len=limits.max_model_len)
+        num_param_ids = num_ids(prepared.sequences[0].engine_request.params)
+        places = context.admission.admit(counts, max_model_len=limits.max_model_len, num_param_ids=num_param_ids)
         context.metrics.params_n.observe(request.num_samples)
         live: list[LiveSequence] = []
         for sequence, place in zip(prepared.sequences, places, strict=True):

@@ -20,7 +20,7 @@ from app.api.constraint import prepare_grammar
 from app.api.deps import SamplingDefaults, ServerContext
 from app.api.schemas.completions import CompletionRequest, prompt_list
 from app.api.schemas.generation import GenerationRequest
-from app.api.schemas.limits import GREEDY_BELOW
+from app.api.schemas.limits import GREEDY_BELOW, MAX_BAD_WORD_IDS
 from app.core.errors import InvalidRequest
 from app.core.types import EngineLimits, EngineRequest, Grammar, SamplingParams
 from app.text.tokenizer import Tokenizer
@@ -85,11 +85,13 @@ async def prepare_sequences(
     bad_words = await _bad_words(request.bad_words or (), context.tokenizer)
     grammar = await prepare_grammar(request, context.grammars, forced=forced)
     unique = secrets.token_hex(12)
+    room = limits.max_model_len
+    # Made once: all sequences share its lists of ids.
+    common = sampling_params(request, context.sampling_defaults, seed=seed, room=room, bad_words=bad_words)
+    common = msgspec.structs.replace(common, grammar=grammar)
     sequences: list[PreparedSequence] = []
     for prompt_index, prompt in enumerate(prompts):
-        room = limits.max_model_len - len(prompt.token_ids)
-        params = sampling_params(request, context.sampling_defaults, seed=seed, room=room, bad_words=bad_words)
-        params = msgspec.structs.replace(params, grammar=grammar)
+        params = _bounded(common, room=limits.max_model_len - len(prompt.token_ids))
         for sample in range(request.num_samples):
             index = len(sequences)
             sample_params = params if sample == 0 else msgspec.structs.replace(params, seed=derive_seed(seed, sample))
@@ -144,6 +146,13 @@ def sampling_params(
         num_logprobs=request.num_logprobs,
         num_prompt_logprobs=request.num_prompt_logprobs,
     )
+
+
+def num_ids(params: SamplingParams) -> int:
+    """Token ids that each sequence with these parameters carries beside its prompt; 4 bytes of grammar are one."""
+    size = len(params.allowed_token_ids) + len(params.stop_token_ids) + 2 * len(params.logit_bias)
+    size += sum(map(len, params.bad_words))
+    return size if params.grammar is None else size + len(params.grammar.source.encode()) // 4
 
 
 def check_token_ids(token_ids: Iterable[int], *, field: str, vocab_size: int) -> None:
@@ -281,7 +290,20 @@ async def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[
         # Where the space became a token of its own, the bare sequence bans the word already.
         if spaced and bare and spaced[0] != bare[0] and len(spaced) == len(bare):
             sequences.append(spaced)
-    return tuple(sequence for sequence in dict.fromkeys(map(tuple, sequences)) if sequence)
+    banned = tuple(sequence for sequence in dict.fromkeys(map(tuple, sequences)) if sequence)
+    total = sum(map(len, banned))
+    if total > MAX_BAD_WORD_IDS:
+        raise InvalidRequest(
+            f"`bad_words` are {total} tokens together; at most {MAX_BAD_WORD_IDS} are taken. Give fewer or shorter.",
+            param="bad_words",
+        )
+    return banned
+
+
+def _bounded(params: SamplingParams, *, room: int) -> SamplingParams:
+    """The same with an output that fits into `room` tokens."""
+    max_tokens = min(params.max_tokens, room)
+    return msgspec.structs.replace(params, max_tokens=max_tokens, min_tokens=min(params.min_tokens, max_tokens))
 
 
 def _first(*values: Number | None) -> Number:

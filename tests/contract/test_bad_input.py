@@ -73,6 +73,7 @@ ROWS: list[tuple[str, Any, int, str | None]] = [
     ("allowed-empty", {"prompt": "a", "allowed_token_ids": []}, 400, "allowed_token_ids"),
     ("allowed-outside", {"prompt": "a", "allowed_token_ids": [303]}, 400, "allowed_token_ids"),
     ("stop-token-outside", {"prompt": "a", "stop_token_ids": [-1]}, 400, "stop_token_ids[0]"),
+    ("copied-often", {"prompt": "a", "n": 1024, "bad_words": [a * 1000 for a in "vwxyz"]}, 400, "n"),
     ("bad-word-empty", {"prompt": "a", "bad_words": [""]}, 400, "bad_words[0]"),
     ("truncate-0", {"prompt": "a", "truncate_prompt_tokens": 0}, 400, "truncate_prompt_tokens"),
     ("truncate-high", {"prompt": "a", "truncate_prompt_tokens": 257}, 400, "truncate_prompt_tokens"),

@@ -65,6 +65,15 @@ def test_more_than_could_ever_be_live_is_a_bad_request() -> None:
     assert refused.value.param == "n"
 
 
+def test_a_request_that_would_be_copied_beyond_measure_is_refused_though_nothing_waits() -> None:
+    admission = make(max_request_ids=1000)
+    with pytest.raises(InvalidRequest, match="1010") as refused:
+        admission.admit([1] * 10, num_param_ids=100, max_model_len=10)
+    assert refused.value.param == "n"
+    assert (admission.num_live_sequences, admission.num_waiting_tokens) == (0, 0)
+    assert len(admission.admit([1] * 9, num_param_ids=100, max_model_len=10)) == 9
+
+
 def test_retry_after_comes_from_the_drain_rate() -> None:
     clock = Clock()
     admission = make(clock, max_live_sequences=100)

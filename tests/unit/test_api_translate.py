@@ -2,14 +2,16 @@
 
 from hashlib import blake2b
 
+import msgspec
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from app.api.deps import OpenAIDefaults, ServerContext
 from app.api.schemas.completions import CompletionRequest
-from app.api.translate import PreparedGeneration, derive_seed, prepare_completion
+from app.api.translate import PreparedGeneration, derive_seed, num_ids, prepare_completion
 from app.core.errors import InvalidRequest
+from app.core.types import Grammar, GrammarKind
 from app.text import Tokenizer
 from tests.contract.fake_engine import FakeEngine, fake_limits
 from tests.contract.serving import make_context
@@ -73,6 +75,39 @@ async def test_bad_words_are_banned_at_a_start_and_after_a_space() -> None:
     assert tuple(tokenizer.encode_now("quick", False)) in sequences
     assert tuple(tokenizer.encode_now("你好", False)) in sequences
     assert len(set(sequences)) == len(sequences)
+
+
+async def test_sequences_share_the_ids_of_their_parameters() -> None:
+    request = CompletionRequest(
+        prompt=["a", "ab"], n=2, allowed_token_ids=list(range(300)), bad_words=["quick"], max_tokens=9, min_tokens=9
+    )
+    params = [one.engine_request.params for one in (await prepare(request, byte_level())).sequences]
+    for name in ("allowed_token_ids", "bad_words"):
+        assert len({id(getattr(one, name)) for one in params}) == 1
+
+
+async def test_output_bounds_are_those_of_each_prompt() -> None:
+    request = CompletionRequest(prompt=[[5] * 60, [5] * 10], max_tokens=50, min_tokens=40)
+    params = [one.engine_request.params for one in (await prepare(request, byte_level())).sequences]
+    assert [(one.max_tokens, one.min_tokens) for one in params] == [(4, 4), (50, 40)]
+
+
+async def test_all_bad_words_together_are_bounded() -> None:
+    words = [chr(0x4E00 + index) * 1024 for index in range(10)]
+    with pytest.raises(InvalidRequest, match="16384") as refused:
+        await prepare(CompletionRequest(prompt="a", bad_words=words), byte_level())
+    assert refused.value.param == "bad_words"
+
+
+async def test_all_ids_of_the_parameters_are_counted() -> None:
+    request = CompletionRequest(
+        prompt="a", allowed_token_ids=[1, 2], stop_token_ids=[3], logit_bias={4: 1.0}, bad_words=["x"]
+    )
+    (sequence,) = (await prepare(request, byte_level())).sequences
+    params = sequence.engine_request.params
+    assert num_ids(params) == 2 + 1 + 2 + sum(map(len, params.bad_words))
+    grammar = Grammar(kind=GrammarKind.REGEX, source="é" * 100)
+    assert num_ids(msgspec.structs.replace(params, grammar=grammar)) == num_ids(params) + 50
 
 
 async def test_a_prompt_of_exactly_the_context_can_be_scored_and_not_continued() -> None:
