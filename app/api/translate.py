@@ -279,11 +279,15 @@ def _check_prompt_length(length: int, request: GenerationRequest, limits: Engine
 
 
 async def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Token sequences of the words, as at a text's start and as after a space (vLLM's rule)."""
+    """Token sequences of the words, as at a text's start and as after a space (vLLM's rule).
+
+    Words of white space alone are taken as they are.
+    """
     if not words:
         return ()
-    bare_texts = [word.lstrip() for word in words]
-    encoded = await tokenizer.encode([*bare_texts, *(" " + text for text in bare_texts)], False)
+    bare_texts = [word.lstrip() or word for word in words]
+    spaced_texts = [text if text.isspace() else " " + text for text in bare_texts]
+    encoded = await tokenizer.encode([*bare_texts, *spaced_texts], False)
     sequences: list[list[int]] = []
     for bare, spaced in zip(encoded[: len(words)], encoded[len(words) :], strict=True):
         sequences.append(bare)

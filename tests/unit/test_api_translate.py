@@ -92,6 +92,16 @@ async def test_output_bounds_are_those_of_each_prompt() -> None:
     assert [(one.max_tokens, one.min_tokens) for one in params] == [(4, 4), (50, 40)]
 
 
+@pytest.mark.parametrize("word", ["\n", " ", "\n\n", "\t"])
+async def test_bad_words_of_white_space_are_banned_as_they_are(word: str) -> None:
+    tokenizer = byte_level()
+    (sequence,) = (await prepare(CompletionRequest(prompt="a", bad_words=[word, "x"]), tokenizer)).sequences
+    banned = sequence.engine_request.params.bad_words
+    assert tuple(tokenizer.encode_now(word, False)) in banned
+    assert tuple(tokenizer.encode_now("x", False)) in banned
+    assert tuple(tokenizer.encode_now(" " + word, False)) not in banned
+
+
 async def test_all_bad_words_together_are_bounded() -> None:
     words = [chr(0x4E00 + index) * 1024 for index in range(10)]
     with pytest.raises(InvalidRequest, match="16384") as refused:
