@@ -205,6 +205,15 @@ def test_forced_calls_are_held_to_the_schemas(
         assert not all(matcher.consume_token(byte) for byte in text.encode()), text
 
 
+def test_a_schema_without_a_type_is_of_an_object(tools: FakeServer) -> None:
+    for parameters in ({"properties": {"a": {"const": 1}}}, {}):
+        ask(tools, tools=[function(parameters=parameters)], tool_choice="required")
+        grammar = tools.engine.requests[-1].params.grammar
+        assert grammar is not None
+        (line,) = [line for line in grammar.source.splitlines() if line.startswith("json_0")]
+        assert json.loads(line.partition("%json ")[2])["type"] == "object"
+
+
 def test_history_with_calls_goes_back_to_the_template(tools: FakeServer) -> None:
     choice = ask(tools)
     calls = choice["message"]["tool_calls"]
