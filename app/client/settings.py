@@ -14,6 +14,9 @@ class Supervision(msgspec.Struct, frozen=True, kw_only=True):
     """Expected of the first step of an engine, beside `unknown_token_seconds` for each of its tokens: generous,
     because it also pays for what is done once (pages of the weights, kernels that are built when first used)."""
     unknown_token_seconds: float = 0.01
+    preparation_seconds: float = 60.0
+    """An engine that only prepares grammars says so over and over, but the preparation may hold it up. More than the
+    engine's own limit, by which it ends a sequence whose grammar takes too long."""
     load_seconds: float = 600.0
     """From the start of an engine to its Ready."""
     max_deaths: int = 5

@@ -99,6 +99,8 @@ class StallWatch:
         self.stalled_seconds += max(0.0, awake - starved_seconds)
         is_loading = not is_ready and (progress is None or progress.phase is not EnginePhase.IDLE)
         self._limit = self._supervision.load_seconds if is_loading else self.limit(progress)
+        if progress is not None and progress.phase is EnginePhase.PREPARING and not is_stopped:
+            self._limit = max(self._limit, self._supervision.preparation_seconds)
         if self.stalled_seconds <= self._limit:
             return None
         doing = "be at work" if progress is None else _DOING[progress.phase]
@@ -111,6 +113,7 @@ _DOING = {
     EnginePhase.IDLE: "be idle although there is work",
     EnginePhase.STEPPING: "compute one step",
     EnginePhase.BLOCKED: "wait for us",
+    EnginePhase.PREPARING: "prepare a grammar",
 }
 
 

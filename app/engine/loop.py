@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from app.core.plan import StepPlan
-from app.core.types import EngineOutput
+from app.core.types import EngineOutput, EngineRequest
 from app.engine.build import Engine
 from app.engine.stats import StepWork, count_work, step_stats
 from app.ipc.messages import Abort, Add, Start, StepOutputs, ToEngine
@@ -21,7 +21,7 @@ from app.scheduler import SchedulerCounts
 MAX_BACKLOG_BYTES = 4 * 1024 * 1024
 """With more unsent output than this the engine waits for the API process instead of stepping."""
 STUCK_WAIT_SECONDS = 0.05
-"""How long to wait for messages where sequences are live and none can be scheduled."""
+"""How long to wait for messages where sequences are live and none can be scheduled: their grammars are prepared."""
 
 
 class EngineLoop:
@@ -58,6 +58,8 @@ class EngineLoop:
                 self._step(plan, ended)
             elif ended:
                 self._send(ended, work=StepWork(self._last_step_id))
+            elif self._grammars.is_preparing:
+                self._progress.set_phase(EnginePhase.PREPARING)
             wait = 0.0 if plan is not None or ended else STUCK_WAIT_SECONDS
 
     def _step(self, plan: StepPlan, ended: list[EngineOutput]) -> None:
@@ -101,7 +103,7 @@ class EngineLoop:
                         if output := self._scheduler.add(request, now):
                             ended.append(output)
                         else:
-                            self._grammars.begin(request)
+                            self._begin_grammar(request)
                 case Abort(request_ids):
                     self._scheduler.abort(request_ids)
                     self._grammars.forget(request_ids)
@@ -110,6 +112,12 @@ class EngineLoop:
                 case _:
                     assert_never(message)
         return ended
+
+    def _begin_grammar(self, request: EngineRequest) -> None:
+        if request.params.grammar is not None:
+            # Said first: the thread that prepares it may take the interpreter's lock at once.
+            self._progress.set_phase(EnginePhase.PREPARING)
+            self._grammars.begin(request)
 
     def _take_prepared(self) -> list[EngineOutput]:
         """Let sequences go whose grammar is ready; returns the ends of those whose grammar failed."""

@@ -1,16 +1,18 @@
 """The engine's side of grammars: prepares them off the step thread, hands masks to a step, follows its tokens.
 
 Light until the first grammar: nothing is imported, loaded or started before. The step thread calls everything
-here. Two threads work for it: one compiles, one computes the masks of the next step while this one's result is
-sent and the next forward pass runs.
+here; a thread of its own compiles. Masks are computed when the forward pass has been started: on a device it is
+still running then, on a CPU its cores are free again and share them.
 
 Invariants: a sequence's state exists from `begin` until `forget`, through preemptions, and follows from its
 grammar and its output tokens alone; a failure in it ends that sequence and no other.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from app.grammar.matching import Matchers, MatchState
+    from app.grammar.matching import MaskMaker, Matchers, MatchState
+
+
+PREPARATION_SECONDS = 30.0
+"""With no grammar prepared for so long, those in preparation end: far longer than its limits let a compilation take."""
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -51,21 +57,37 @@ class Constraints:
     """Grammars of live sequences, by request id and by row."""
 
     def __init__(
-        self, model_dir: Path, *, vocab_size: int, eos_token_ids: Sequence[int], wake: Callable[[], None]
+        self,
+        model_dir: Path,
+        *,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        wake: Callable[[], None],
+        preparation_seconds: float = PREPARATION_SECONDS,
     ) -> None:
         """`wake` is called, from another thread, when `take_prepared` has something to tell."""
-        self._preparer = _Preparer(model_dir, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+        self._new_preparer = partial(_Preparer, model_dir, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+        self._preparer = self._new_preparer()
+        self._preparation_seconds = preparation_seconds
+        self._prepared_at = 0.0
+        """When a preparation last ended, or the first of those under way began."""
         self._wake = wake
-        self._masker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar-masks")
-        self._masking: Future[None] | None = None
+        self._mask_maker: MaskMaker | None = None
         self._sequences: dict[str, _Sequence] = {}
         self._by_row: dict[int, _Sequence] = {}
         self._prepared: deque[tuple[_Sequence, MatchState | str]] = deque()
+
+    @property
+    def is_preparing(self) -> bool:
+        """Some grammar is not ready yet."""
+        return any(sequence.state is None for sequence in self._sequences.values())
 
     def begin(self, request: EngineRequest) -> None:
         """Compile the request's grammar and follow its output so far, in another thread; nothing without a grammar."""
         if request.params.grammar is None:
             return
+        if not self.is_preparing:
+            self._prepared_at = time.monotonic()
         sequence = self._sequences[request.request_id] = _Sequence(request)
         self._preparer.submit(request, lambda outcome: self._finish(sequence, outcome))
 
@@ -73,6 +95,7 @@ class Constraints:
         """Those that became ready, or failed, since the last call; the failed ones are forgotten."""
         ready: list[Prepared] = []
         while self._prepared:
+            self._prepared_at = time.monotonic()
             sequence, outcome = self._prepared.popleft()
             request_id = sequence.request.request_id
             if self._sequences.get(request_id) is not sequence:
@@ -83,7 +106,7 @@ class Constraints:
             else:
                 sequence.state = outcome
                 ready.append(Prepared(request_id, None))
-        return ready
+        return ready + self._take_overdue()
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Their sequences have ended."""
@@ -104,25 +127,32 @@ class Constraints:
         self._follow_rows(plan)
         if not self._by_row:
             return None
-        self._collect()
-        states = ((entry.row, self._state_of(entry)) for entry in plan.entries)
-        return {row: state.mask for row, state in states if state is not None and state.goes_on}
+        states = {entry.row: state for entry in plan.entries if (state := self._state_of(entry)) is not None}
+        self._compute([state for state in states.values() if state.goes_on and state.mask is None])
+        return {row: state.mask for row, state in states.items() if state.goes_on and state.mask is not None}
 
     def accept(self, plan: StepPlan, result: StepResult) -> StepResult:
         """Follow the drawn tokens; the result with the ends and the failures that the grammars bring."""
         if not self._by_row:
             return result
         rows = list(result.rows)
-        going_on: list[MatchState] = []
         for index, entry in enumerate(plan.entries):
             state = self._state_of(entry)
             if state is not None:
                 rows[index] = _follow(state, rows[index])
-                if state.goes_on:
-                    going_on.append(state)
-        if going_on:
-            self._masking = self._masker.submit(_compute_masks, going_on)
         return msgspec.structs.replace(result, rows=tuple(rows))
+
+    def _take_overdue(self) -> list[Prepared]:
+        """Give up what is in preparation where nothing comes of it; the thread that hangs keeps nobody else."""
+        if not self._sequences or time.monotonic() - self._prepared_at < self._preparation_seconds:
+            return []
+        overdue = [request_id for request_id, sequence in self._sequences.items() if sequence.state is None]
+        if overdue:
+            self._preparer.abandon()
+            self._preparer = self._new_preparer()
+            self.forget(overdue)
+        error = f"the grammar could not be prepared within {self._preparation_seconds:g} s: send a simpler one"
+        return [Prepared(request_id, error) for request_id in overdue]
 
     def _finish(self, sequence: _Sequence, outcome: "MatchState | str") -> None:
         """Called in the preparing thread."""
@@ -137,10 +167,12 @@ class Constraints:
                 sequence.row = entry.row
                 self._by_row[entry.row] = sequence
 
-    def _collect(self) -> None:
-        if self._masking is not None:
-            self._masking.result()
-            self._masking = None
+    def _compute(self, states: "list[MatchState]") -> None:
+        if self._mask_maker is None:
+            from app.grammar.matching import MaskMaker  # loaded already, by the thread that prepared the states
+
+            self._mask_maker = MaskMaker()
+        self._mask_maker.compute(states)
 
     def _state_of(self, entry: PlanEntry) -> "MatchState | None":
         """Of an entry that draws and is constrained."""
@@ -162,6 +194,10 @@ class _Preparer:
         """Prepare a state and tell it, or the error, from the thread."""
         self._thread.submit(self._run, request, tell)
 
+    def abandon(self) -> None:
+        """Begin no other preparation; the one under way is left to itself."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     def _run(self, request: EngineRequest, tell: "Callable[[MatchState | str], None]") -> None:
         try:
             outcome: MatchState | str = self._load().prepare(request)
@@ -177,11 +213,6 @@ class _Preparer:
 
             self._matchers = Matchers(self._model_dir, vocab_size=self._vocab_size, eos_token_ids=self._eos_token_ids)
         return self._matchers
-
-
-def _compute_masks(states: "Sequence[MatchState]") -> None:
-    for state in states:
-        state.compute_mask()
 
 
 def _follow(state: "MatchState", row: RowResult) -> RowResult:

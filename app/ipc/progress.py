@@ -41,6 +41,8 @@ class EnginePhase(IntEnum):
     STEPPING = 3
     BLOCKED = 4
     """Not stepping because the API process does not read what was sent."""
+    PREPARING = 5
+    """Not stepping because all that is live waits for its grammar; written anew while that goes on."""
 
 
 class Progress(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from app.core.config import EngineConfig
 from app.core.types import EngineRequest, FinishReason, Grammar
 from app.grammar import source
 from app.text import Tokenizer
-from tests.process.engines import Answer, complete, hurt, request, running, until, until_idle
+from tests.process.engines import IMPATIENT, Answer, complete, hurt, request, running, until, until_idle
 from tests.text_tokenizers import byte_level
 
 EOS = 1
@@ -144,6 +145,20 @@ async def test_a_model_without_a_tokenizer_says_so(tmp_path: Path) -> None:
         answer = await complete(client, constrained("a", source.regex("a")))
         assert answer.finish_reason is FinishReason.ERROR
         assert "tokenizer" in str(answer.outputs[-1].error)
+
+
+async def test_an_engine_that_only_prepares_a_grammar_does_not_hang(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer.json"
+    os.mkfifo(tokenizer)  # the preparation waits for somebody to write it
+    supervision = msgspec.structs.replace(IMPATIENT, hang_seconds=0.3)
+    async with running(config(tmp_path), supervision=supervision) as client:
+        task = asyncio.create_task(complete(client, constrained("a", source.regex("[a-c]{5}"))))
+        await asyncio.sleep(1.5)
+        assert (client.status.generation, client.status.is_stalled) == (1, False)
+        await asyncio.to_thread(tokenizer.write_bytes, byte_level()._library.to_str().encode())
+        answer = await task
+        assert client.status.generation == 1
+    assert len(text_of(answer)) == 5
 
 
 async def test_where_a_grammar_ends(model_dir: Path) -> None:

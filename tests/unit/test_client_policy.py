@@ -149,6 +149,15 @@ class TestStallWatch:
         assert first_accusation(StallWatch(SUPERVISION), page(EnginePhase.IDLE)) == 11
         assert first_accusation(StallWatch(SUPERVISION), page(EnginePhase.BLOCKED)) == -1
 
+    def test_preparing_a_grammar_may_take_long_unless_it_was_stopped(self) -> None:
+        preparing = page(EnginePhase.PREPARING)
+        assert first_accusation(StallWatch(SUPERVISION), preparing) == 61
+        watch = StallWatch(SUPERVISION)
+        accusations = [
+            watch.look(preparing, float(second), is_ready=True, has_live=True, is_stopped=True) for second in range(20)
+        ]
+        assert any(accusations)
+
     def test_progress_begins_the_count_anew(self) -> None:
         watch = StallWatch(SUPERVISION)
         for second in range(100):

@@ -1,6 +1,8 @@
 """The engine's grammars without an engine: rows come, move and go, and nothing of them stays."""
 
+import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,10 +23,14 @@ A, B = (byte_level().encode_now(letter, False)[0] for letter in "ab")
 class Bench:
     """Constraints, and a wait for what they prepare."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, preparation_seconds: float = 30.0) -> None:
         self._woken = threading.Semaphore(0)
         self.grammars = Constraints(
-            folder, vocab_size=byte_level().vocab_size, eos_token_ids=(1,), wake=self._woken.release
+            folder,
+            vocab_size=byte_level().vocab_size,
+            eos_token_ids=(1,),
+            wake=self._woken.release,
+            preparation_seconds=preparation_seconds,
         )
 
     def prepared(self) -> list[Prepared]:
@@ -110,6 +116,15 @@ def test_a_preempted_sequence_goes_on_in_another_row(bench: Bench) -> None:
     assert forbids(again[3])(A) and not forbids(again[3])(B)
 
 
+def test_a_row_of_one_that_has_ended_is_free_again(bench: Bench) -> None:
+    request, plain, grammars = bench.ready("a"), make_request("plain", [5]), bench.grammars
+    grammars.masks(plan(entry(0, request)))
+    grammars.forget(["a"])
+    assert grammars.masks(plan(entry(0, plain), released=(0,))) is None
+    masks = grammars.masks(plan(entry(0), entry(1, bench.ready("b"))))
+    assert masks is not None and set(masks) == {1}
+
+
 def test_a_failed_row_keeps_its_own_error(bench: Bench) -> None:
     request, grammars = bench.ready("a"), bench.grammars
     step = plan(entry(0, request))
@@ -136,3 +151,23 @@ def test_what_was_forgotten_while_it_was_prepared_is_never_ready(bench: Bench) -
     assert [one.request_id for one in found] == ["wrong"]
     assert found[0].error is not None and "missing" in found[0].error
     assert bench.grammars.masks(plan(entry(0, make_request("plain", [5])))) is None  # nothing is left
+
+
+def test_a_preparation_without_end_ends_its_sequence_and_hinders_no_later_one(tmp_path: Path) -> None:
+    held, path = tmp_path / "held", tmp_path / "tokenizer.json"
+    os.mkfifo(path)  # who reads the vocabulary waits for somebody to write it
+    bench = Bench(tmp_path, preparation_seconds=0.2)
+    bench.begin("a")
+    bench.begin("queued")
+    try:
+        assert bench.grammars.is_preparing
+        while not (ended := bench.grammars.take_prepared()):
+            time.sleep(0.005)
+        assert [each.request_id for each in ended] == ["a", "queued"]
+        assert all("0.2 s" in str(each.error) for each in ended)
+        assert not bench.grammars.is_preparing
+        path.rename(held)
+        byte_level()._library.save(str(path))
+        bench.ready("b")
+    finally:
+        (held if held.exists() else path).write_text("")  # let the thread go
