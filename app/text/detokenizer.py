@@ -72,13 +72,10 @@ class _ByteDecoder:
         self._held = b""
 
     def push(self, token_ids: Sequence[int]) -> str:
-        data = self._held
         table, size = self._table, self._size
-        for token_id in token_ids:
-            # A model may draw ids from the padding of its vocabulary: no token, no text.
-            if token_id < size:
-                data += table[token_id]
-        return self._decode(data)
+        # A model may draw ids from the padding of its vocabulary: no token, no text.
+        data = b"".join([table[token_id] for token_id in token_ids if token_id < size])
+        return self._decode(self._held + data)
 
     def finish(self) -> str:
         held, self._held = self._held, b""
@@ -114,14 +111,15 @@ class _FallbackDecoder(_ByteDecoder):
 def _decode_replacing_each_byte(data: bytes) -> tuple[str, bytes]:
     """The text of `data` and the bytes at its end that may begin a character."""
     parts: list[str] = []
+    rest = memoryview(data)
     while True:
         try:
-            text, used = utf_8_decode(data, "strict", False)
+            text, used = utf_8_decode(rest, "strict", False)
         except UnicodeDecodeError as error:
-            parts += (data[: error.start].decode(), _REPLACEMENT * (error.end - error.start))
-            data = data[error.end :]
+            parts += (str(rest[: error.start], "utf-8"), _REPLACEMENT * (error.end - error.start))
+            rest = rest[error.end :]
         else:
-            return "".join((*parts, text)), data[used:]
+            return "".join((*parts, text)), bytes(rest[used:])
 
 
 class _WindowDecoder:
