@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 
 from app.core.errors import ConfigurationError
+from app.store.folder import GenerationDefaults
 
 
 class PipSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,6 +42,8 @@ class CatalogEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hub: HubSource | None = None
     folder: str | None = None
     """Name of a folder beside the catalogue: a model that comes with Headwater and needs no network."""
+    sampling: GenerationDefaults = GenerationDefaults()
+    """What its makers recommend, where its own generation_config.json says nothing."""
 
 
 class _Catalog(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

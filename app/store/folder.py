@@ -27,7 +27,7 @@ _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format itself."""
 
 
-class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
+class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sampling defaults of generation_config.json; None where it says nothing."""
 
     temperature: float | None = None
@@ -35,6 +35,11 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+
+    def or_else(self, other: "GenerationDefaults") -> "GenerationDefaults":
+        """These, and those of `other` where these say nothing."""
+        mine, theirs = msgspec.structs.asdict(self), msgspec.structs.asdict(other)
+        return GenerationDefaults(**{name: theirs[name] if value is None else value for name, value in mine.items()})
 
 
 class ModelFolder(msgspec.Struct, frozen=True, kw_only=True):

@@ -52,7 +52,10 @@ def resolve(model: str, *, cache_dir: Path | None = None, is_offline: bool = Fal
     root = cache_root(cache_dir)
     entries = catalogue()
     if model in entries:
-        return _resolve_entry(model, entries[model], root, is_offline=is_offline, report=report)
+        folder = _resolve_entry(model, entries[model], root, is_offline=is_offline, report=report)
+        return msgspec.structs.replace(
+            folder, generation_defaults=folder.generation_defaults.or_else(entries[model].sampling)
+        )
     path = Path(os.path.expanduser(model))
     if path.is_dir():
         return _resolve_directory(path.resolve(), root, report=report)
