@@ -1,16 +1,16 @@
 """Compiled grammars at work: the state of each constrained sequence and the bitmask of its next token.
 
 Imported in a thread when the first grammar arrives (numpy and llguidance with it). A `MatchState` belongs to one
-thread at a time: to the one that prepares it, then to the step thread, which lends it to the mask thread from
-`Constraints.accept` to the next `Constraints.masks`.
+thread at a time: to the one that prepares it, then to the step thread.
 """
 
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
 from app.core.types import EngineRequest, Grammar, SamplingParams
@@ -18,57 +18,69 @@ from app.grammar.compiler import compile_grammar
 from app.grammar.errors import GrammarError, safe_message
 from app.grammar.vocabulary import load_vocabulary
 
+_MAX_THREADS = 8
 _COMPILED = 64
 """Grammars kept ready for the next sequence that brings one of them."""
 
 
 class MatchState:
-    """Where one sequence stands in its grammar. `compute_mask` has been called for the next token, or it is over."""
+    """Where one sequence stands in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, params: SamplingParams, *, ends: NDArray[np.int32], num_words: int) -> None:
-        self._matcher = matcher
-        self._ends = ends
-        self._drops_ends = params.ignore_eos
-        self.mask: NDArray[np.int32] = np.zeros(num_words, dtype=np.int32)
-        """(num_words,): see `app.runner.base.Bitmask`."""
-        self.is_end = False
+    def __init__(self, matcher: LLMatcher, params: SamplingParams, *, ends: NDArray[np.int32]) -> None:
+        self.matcher = matcher
+        self.ends = ends
+        """(num_words,): the bits of the end-of-text ids."""
+        self.drops_ends = params.ignore_eos
+        self.mask: NDArray[np.int32] | None = None
+        """(num_words,), see `app.runner.base.Bitmask`; None until `compute_masks`, and again after each token."""
+        self.is_end = matcher.is_stopped() and not matcher.is_error()
         """Nothing may follow what is there."""
         self.error: str | None = None
         """Why the sequence cannot go on."""
 
     @property
     def goes_on(self) -> bool:
-        """A token can be drawn."""
+        """A token can be drawn, as far as is known."""
         return self.error is None and not self.is_end
-
-    def compute_mask(self) -> None:
-        """Fill `mask` for the next token. Releases the GIL for most of it."""
-        if self._matcher.is_stopped() and not self._matcher.is_error():
-            self.is_end = True  # the tokens handed over were all of it
-            return
-        self._matcher.unsafe_compute_mask_ptr(self.mask.ctypes.data, self.mask.nbytes)
-        if self._fails():
-            return
-        # An end of text is drawn where something else could be too; else the sequence is over without it.
-        others = self.mask & ~self._ends
-        self.is_end = not others.any()
-        if self._drops_ends:
-            self.mask = others
 
     def accept(self, token_ids: Sequence[int]) -> None:
         """Go on by drawn tokens; afterwards `is_end`, `error`, or a mask to compute."""
+        self.mask = None
         for token_id in token_ids:
-            if not self._matcher.consume_token(token_id):
-                self._fails()
+            if not self.matcher.consume_token(token_id):
+                self.note_failure()
                 return
-        self.is_end = self._matcher.is_stopped()
+        self.is_end = self.matcher.is_stopped()
 
-    def _fails(self) -> bool:
-        if self._matcher.is_error():
-            reason = safe_message(self._matcher.get_error())
+    def note_failure(self) -> bool:
+        """Whether the matcher has given up; `error` says why."""
+        if self.matcher.is_error():
+            reason = safe_message(self.matcher.get_error())
             self.error = f"the output cannot go on within the grammar's limits: {reason}"
-            self.is_end = False
         return self.error is not None
+
+
+class MaskMaker:
+    """Computes the masks of several states at once, on several cores."""
+
+    def __init__(self) -> None:
+        self._executor = LLExecutor(num_threads=min(len(os.sched_getaffinity(0)), _MAX_THREADS))
+
+    def compute(self, states: Sequence[MatchState]) -> None:
+        """Give each state its mask for the next token, or find that it is over. Releases the GIL."""
+        if not states:
+            return
+        ends = states[0].ends
+        masks = np.zeros((len(states), len(ends)), dtype=np.int32)  # (num_states, num_words)
+        matchers = [(state.matcher, index) for index, state in enumerate(states)]
+        self._executor.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, masks.strides[0], len(states))
+        # An end of text is drawn where something else could be too; else the sequence is over without it.
+        others = masks & ~ends
+        has_others: list[bool] = np.any(others, axis=1).tolist()
+        for index, state in enumerate(states):
+            if not state.note_failure():
+                state.is_end = not has_others[index]
+                state.mask = others[index] if state.drops_ends else masks[index]
 
 
 class Matchers:
@@ -81,9 +93,10 @@ class Matchers:
         self._vocabulary: LLTokenizer | None = None
         self._ends: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._masks = MaskMaker()
 
     def prepare(self, request: EngineRequest) -> MatchState:
-        """The state after the tokens that were handed over, its first mask computed. Raises GrammarError."""
+        """The state after the tokens that were handed over, its mask computed. Raises GrammarError."""
         params = request.params
         if params.grammar is None:
             raise ValueError(f"request {request.request_id!r} has no grammar")
@@ -91,8 +104,9 @@ class Matchers:
         output = list(request.output_token_ids)
         if matcher.try_consume_tokens(output) != len(output):
             raise GrammarError("the tokens handed over do not fit the grammar")
-        state = MatchState(matcher, params, ends=self._ends, num_words=len(self._ends))
-        state.compute_mask()
+        state = MatchState(matcher, params, ends=self._ends)
+        if state.goes_on:
+            self._masks.compute([state])
         if state.error is not None:
             raise GrammarError(state.error)
         return state

@@ -73,20 +73,27 @@ class FramedSchema(NamedTuple):
     after: str
 
 
-def framed_json(frames: Sequence[FramedSchema], *, separator: str | None = None) -> Grammar:
-    """One of `frames`, or with a `separator` up to MAX_REPEATS of them. Raises GrammarError."""
+def framed_json(
+    frames: Sequence[FramedSchema], *, separator: str | None = None, otherwise: Mapping[str, object] | None = None
+) -> Grammar:
+    """One of `frames`, or with a `separator` up to MAX_REPEATS of them; or JSON by the schema `otherwise`.
+
+    Raises GrammarError.
+    """
     if not frames:
         raise GrammarError("there is nothing to choose from")
     _check_size(len(frames), MAX_FRAMES, what="the list", unit="schemas")
     rest = "" if separator is None else f" ({_quoted(separator)} one){{0,{MAX_REPEATS - 1}}}"
-    rules = [f"start: one{rest}", "one: " + " | ".join(f"frame_{index}" for index in range(len(frames)))]
-    size = 0
+    start = "start: frames" if otherwise is None else "start: frames | other"
+    rules = [start, f"frames: one{rest}", "one: " + " | ".join(f"frame_{index}" for index in range(len(frames)))]
+    schemas = [frame.schema for frame in frames] + ([] if otherwise is None else [otherwise])
+    size = sum(len(json_schema(schema).source.encode()) for schema in schemas)
+    _check_size(size, MAX_SCHEMA_BYTES, what="all schemas together", unit="bytes")
     for index, frame in enumerate(frames):
-        size += len(json_schema(frame.schema).source.encode())
-        _check_size(size, MAX_SCHEMA_BYTES, what="all schemas together", unit="bytes")
-        schema = {**frame.schema, "x-guidance": dict(SCHEMA_OPTIONS)}
         rules.append(f"frame_{index}: {_quoted(frame.before)} json_{index} {_quoted(frame.after)}")
-        rules.append(f"json_{index}: %json {msgspec.json.encode(schema).decode()}")
+        rules.append(f"json_{index}: {_json_rule(frame.schema)}")
+    if otherwise is not None:
+        rules.append(f"other: {_json_rule(otherwise)}")
     return Grammar(GrammarKind.LARK, "\n".join(rules) + "\n")
 
 
@@ -122,6 +129,10 @@ def lark(grammar: str) -> Grammar:
 def is_gbnf(grammar: str) -> bool:
     """Whether it is written as `root ::= ...`, and not as Lark's `start: ...`."""
     return "::=" in grammar and _LARK_START.search(grammar) is None
+
+
+def _json_rule(schema: Mapping[str, object]) -> str:
+    return f"%json {msgspec.json.encode({**schema, 'x-guidance': dict(SCHEMA_OPTIONS)}).decode()}"
 
 
 def _quoted(text: str) -> str:

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from app.core.types import EngineRequest, Grammar
 from app.grammar import source
 from app.grammar.errors import GrammarError
-from app.grammar.matching import Matchers, MatchState
+from app.grammar.matching import MaskMaker, Matchers, MatchState
 from app.text import Tokenizer
 from tests.fakes import make_request
 from tests.text_tokenizers import byte_fallback, byte_level
 
 EOS = 1
+MASKS = MaskMaker()
 WORDS = source.choice(["Hello 你好", "Hello 🌍", "no"])
 
 
@@ -45,7 +46,9 @@ def asked(grammar: Grammar, output: Sequence[int] = (), **params: Any) -> Engine
 
 def allowed(state: MatchState) -> set[int]:
     """Ids of the mask."""
-    return {index for index in range(32 * len(state.mask)) if int(state.mask[index // 32]) >> (index % 32) & 1}
+    mask = state.mask
+    assert mask is not None
+    return {index for index in range(32 * len(mask)) if int(mask[index // 32]) >> (index % 32) & 1}
 
 
 def follow(state: MatchState, token_ids: Sequence[int]) -> None:
@@ -54,7 +57,7 @@ def follow(state: MatchState, token_ids: Sequence[int]) -> None:
         assert state.goes_on and token_id in allowed(state)
         state.accept([token_id])
         if state.goes_on:
-            state.compute_mask()
+            MASKS.compute([state])
 
 
 @pytest.mark.parametrize("text", ["Hello 你好", "Hello 🌍", "no"])
@@ -101,7 +104,7 @@ def test_states_of_one_grammar_do_not_touch_each_other(matchers: Matchers, token
     one, other = matchers.prepare(asked(WORDS)), matchers.prepare(asked(WORDS))
     before = allowed(other)
     follow(one, tokenizer.encode_now("Hello", False))
-    other.compute_mask()
+    MASKS.compute([other])
     assert allowed(other) == before != allowed(one)
 
 
@@ -129,7 +132,8 @@ def test_sentencepiece_vocabularies_work(tmp_path: Path) -> None:
 
 def test_a_model_with_a_smaller_vocabulary_than_its_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     matchers = matchers_of(tokenizer, tmp_path, vocab_size=tokenizer.vocab_size - 3)
-    assert len(matchers.prepare(asked(WORDS)).mask) * 32 >= tokenizer.vocab_size
+    mask = matchers.prepare(asked(WORDS)).mask
+    assert mask is not None and len(mask) * 32 >= tokenizer.vocab_size
 
 
 @pytest.mark.parametrize("content", [None, b"{}", b"no json", b"\xff"])
