@@ -1,5 +1,7 @@
 """From `response_format` and `structured_outputs` to the grammar that the engine follows, checked beforehand."""
 
+from collections.abc import Mapping
+
 import msgspec
 
 from app.api.schemas.generation import GenerationRequest
@@ -36,9 +38,16 @@ def _grammar_of(request: GenerationRequest) -> Grammar | None:
                 param="structured_outputs",
             )
         return _of_outputs(outputs)
+    schema = format_schema(request)
+    return None if schema is None else source.json_schema(schema)
+
+
+def format_schema(request: GenerationRequest) -> Mapping[str, object] | None:
+    """The schema that `response_format` asks for; None for free text."""
+    form = request.response_format
     if isinstance(form, JsonSchemaFormat):
-        return source.json_schema(form.json_schema.schema)
-    return source.json_object() if isinstance(form, JsonObjectFormat) else None
+        return form.json_schema.schema
+    return source.ANY_OBJECT if isinstance(form, JsonObjectFormat) else None
 
 
 def _of_outputs(outputs: StructuredOutputs) -> Grammar:

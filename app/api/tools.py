@@ -8,9 +8,9 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from app.api.constraint import format_schema
 from app.api.schemas.chat import ChatRequest
 from app.api.schemas.limits import MAX_TOOLS_BYTES
-from app.api.schemas.structured import TextFormat
 from app.api.schemas.tools import NamedToolChoice, Tool
 from app.api.sequence_text import Delta
 from app.core.errors import InvalidRequest
@@ -28,6 +28,7 @@ class ToolPlan:
     """How the tools of one request are served."""
 
     names: frozenset[str]
+    """Those whose calls may be bare JSON."""
     single: bool
     """At most one call."""
     grammar: Grammar | None
@@ -106,10 +107,13 @@ def plan_tools(
     _check_tools(tools, num_bytes=num_bytes, schema_field=schema_field)
     if choice == "none":
         return None
-    _check_form(request)
+    if request.structured_outputs is not None:
+        raise InvalidRequest(
+            "`structured_outputs` beside `tools` needs `tool_choice` none: the output has that form, or calls.",
+            param="structured_outputs",
+        )
     if choice in (None, "auto"):
-        _check_template(template)
-        return ToolPlan(_names(tools), single=request.parallel_tool_calls is False, grammar=None)
+        return _plan_free(request, tools, template)
     chosen = tools
     if isinstance(choice, NamedToolChoice):
         chosen = [tool for tool in tools if tool.function.name == choice.function.name]
@@ -140,14 +144,20 @@ def _check_tools(tools: list[Tool], *, num_bytes: int, schema_field: str) -> Non
             )
 
 
-def _check_form(request: ChatRequest) -> None:
-    """A form of the whole output leaves no room for calls."""
-    has_format = not isinstance(request.response_format, TextFormat | None)
-    if has_format or request.structured_outputs is not None:
-        field = "response_format" if has_format else "structured_outputs"
+def _plan_free(request: ChatRequest, tools: list[Tool], template: ChatTemplate) -> ToolPlan:
+    """Calls that the model may make; beside a format of the answer, calls or that."""
+    _check_template(template)
+    single = request.parallel_tool_calls is False
+    answer = format_schema(request)
+    if answer is None:
+        return ToolPlan(_names(tools), single, grammar=None)
+    if template.call_form is not CallForm.TAGGED:
         raise InvalidRequest(
-            f"`{field}` beside `tools` needs `tool_choice` none: the output has that form, or calls.", param=field
+            "`response_format` beside `tools` needs `tool_choice` none or required: this model's calls are JSON, too.",
+            param="response_format",
         )
+    # No names: JSON that is not in a tag is the answer.
+    return ToolPlan(frozenset(), single, _grammar(tools, template.call_form, single=single, otherwise=answer))
 
 
 def _check_template(template: ChatTemplate) -> None:
@@ -160,13 +170,15 @@ def _check_template(template: ChatTemplate) -> None:
         )
 
 
-def _grammar(tools: list[Tool], form: CallForm, *, single: bool) -> Grammar:
+def _grammar(
+    tools: list[Tool], form: CallForm, *, single: bool, otherwise: Mapping[str, object] | None = None
+) -> Grammar:
     frames: list[source.FramedSchema] = []
     for tool in tools:
         frame = call_frame(form, tool.function.name)
         frames.append(source.FramedSchema(frame.before, _schema(tool.function.parameters), frame.after))
     try:
-        return source.framed_json(frames, separator=None if single else _SEPARATOR)
+        return source.framed_json(frames, separator=None if single else _SEPARATOR, otherwise=otherwise)
     except GrammarError as error:
         raise InvalidRequest(f"`tools`: {error}.", param="tools", code="invalid_grammar") from error
 

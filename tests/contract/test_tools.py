@@ -26,6 +26,13 @@ CALLS = (
 BARE = '{"name": "get_weather", "parameters": {"city": "Rome"}}'
 ROME = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 NOW = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+ANSWER = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "a",
+        "schema": {"type": "object", "properties": {"answer": {"type": "integer"}}, "required": ["answer"]},
+    },
+}
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 SOURCE = (
     "{% if tools %}<|start|>tools <tool_call>\n{% for one in tools %}{{ one | tojson }}\n{% endfor %}<|end|>\n"
@@ -179,9 +186,16 @@ def test_what_is_asked_for_is_what_is_found(tools: FakeServer) -> None:
         ),
         (TAGGED, {"tool_choice": "required", "parallel_tool_calls": False}, [NOW, ROME], [ROME + "\n" + NOW]),
         (TEMPLATE, {"tool_choice": NAMED}, [ROME.replace("Rome", "x")], [NOW]),
+        (TAGGED, {"tool_choice": "required", "response_format": ANSWER}, [ROME], ['{"answer": 5}']),
+        (
+            TAGGED,
+            {"response_format": ANSWER},
+            [ROME + "\n" + NOW, '{"answer": 5}'],
+            ["Let", '{"answer": "x"}', ROME.replace('"Rome"', "1")],
+        ),
         (UNTAGGED, {"tool_choice": "required"}, [BARE, '{"name": "clock", "parameters": {}}'], ["<", BARE + BARE]),
     ],
-    ids=["named", "required", "one", "template without tools", "bare"],
+    ids=["named", "required", "one", "template without tools", "required and a form", "auto and a form", "bare"],
 )
 def test_forced_calls_are_held_to_the_schemas(
     template: ChatTemplate, fields: dict[str, Any], accepted: list[str], others: list[str]
@@ -269,7 +283,6 @@ def bomb(levels: int) -> dict[str, Any]:
         ({"tool_choice": {"type": "function", "function": {"name": "nope"}}}, "tool_choice"),
         ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice.type"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"structured_outputs": {"regex": "a"}, "tool_choice": "required"}, "structured_outputs"),
         ({"tool_choice": "required", "stop": "x"}, "stop"),
     ],
@@ -282,6 +295,19 @@ def test_what_cannot_be_served_is_refused_at_once(tools: FakeServer, fields: dic
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
     assert tools.engine.requests == [] and elapsed < 5
+
+
+def test_a_form_of_the_answer_beside_tools_that_may_be_called(tools: FakeServer) -> None:
+    answer = '{"name": "clock", "arguments": {}}'
+    say(tools, answer)
+    choice = ask(tools, response_format={"type": "json_object"})
+    assert choice["message"] == {"role": "assistant", "content": answer, "refusal": None}
+    assert choice["finish_reason"] == "stop"
+    say(tools, NOW)
+    assert calls_of(ask(tools, response_format={"type": "json_object"})) == [("clock", "{}")]
+    with fake_server(chat_template=UNTAGGED, max_model_len=4096) as server:
+        body = {"messages": USER, "tools": [WEATHER], "response_format": {"type": "json_object"}}
+        assert server.post(body, ROUTE).json()["error"]["param"] == "response_format"
 
 
 def test_a_template_that_reads_no_tools_says_what_to_do() -> None:

@@ -36,7 +36,9 @@ def test_a_schema_is_kept_as_it_is_in_the_order_of_its_keys() -> None:
 
 def test_framed_schemas_are_bounded_together() -> None:
     frame = source.FramedSchema("<", {"type": "object", "description": "x" * 50_000}, ">")
-    assert source.framed_json([frame]).source.startswith('start: one\none: frame_0\nframe_0: "<" json_0 ">"\n')
+    assert source.framed_json([frame]).source.startswith(
+        'start: frames\nframes: one\none: frame_0\nframe_0: "<" json_0 ">"\n'
+    )
     with pytest.raises(GrammarError, match="together"):
         source.framed_json([frame, frame, frame])
     with pytest.raises(GrammarError, match="65 schemas"):

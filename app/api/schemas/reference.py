@@ -123,8 +123,9 @@ a grammar holds the output to calls whose arguments match the tool's schema (one
 so that they parse unless the answer finishes with "length"; this needs no template that reads tools, but a model
 that was not shown a tool knows nothing of it beyond its schema's words. With none the tools are not shown. A schema
 must be of an object.
-`response_format` and `structured_outputs` beside tools need `tool_choice` none. An answer with calls finishes with
-"tool_calls".
+`response_format` beside tools that the model may call holds the output to that form or to calls whose arguments match;
+where the model's calls are bare JSON it is a 400, as is `structured_outputs` beside tools unless `tool_choice` is
+none. An answer with calls finishes with "tool_calls".
 
 **Log-probabilities** show a token that is part of a character as `bytes:\\xe4\\xbd`; `bytes` is exact.
 
