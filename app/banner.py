@@ -25,13 +25,18 @@ def describe_model(folder: ModelFolder, limits: EngineLimits) -> list[tuple[str,
     ]
 
 
-def banner(folder: ModelFolder, limits: EngineLimits, *, url: str, model_name: str) -> str:
+def banner(folder: ModelFolder, limits: EngineLimits, *, url: str, model_name: str, needs_key: bool) -> str:
     """The lines of a started server, with a command to paste at the end."""
     request = (
         f'{{"model": "{model_name}", "prompt": "The sea is", "max_tokens": 32, "temperature": 0.2, "stream": true}}'
     )
-    curl = f"curl {url}/v1/completions -H 'content-type: application/json' -d '{request}'"
-    lines = [("url", f"{url}/v1   (docs at {url}/docs, metrics at {url}/metrics)"), *describe_model(folder, limits)]
+    key = """ -H "authorization: Bearer $HEADWATER_API_KEY\"""" if needs_key else ""
+    curl = f"curl {url}/v1/completions{key} -H 'content-type: application/json' -d '{request}'"
+    lines = [
+        ("url", f"{url}/v1   (docs at {url}/docs, metrics at {url}/metrics)"),
+        ("page", f"{url}/"),
+        *describe_model(folder, limits),
+    ]
     return f"Headwater {__version__} is ready\n{table(lines)}\n\n{curl}\n"
 
 
