@@ -160,7 +160,8 @@ def test_a_preparation_without_end_ends_its_sequence_and_hinders_no_later_one(tm
     bench.begin("a")
     bench.begin("queued")
     try:
-        assert bench.grammars.is_preparing
+        is_preparing = bench.grammars.is_preparing
+        assert is_preparing
         while not (ended := bench.grammars.take_prepared()):
             time.sleep(0.005)
         assert [each.request_id for each in ended] == ["a", "queued"]
