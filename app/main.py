@@ -14,6 +14,7 @@ from app import __version__
 from app.api.admission import Admission, AdmissionLimits
 from app.api.app import create_app as create_api
 from app.api.deps import ApiLimits, OpenAIDefaults, ServerContext
+from app.api.hosts import loopback_hosts
 from app.api.keys import KeyRing
 from app.api.schemas.field_rules import UnknownFields
 from app.client.engine_client import EngineClient
@@ -66,9 +67,16 @@ def make_engine_client(
 
 
 def make_context(
-    settings: Settings, folder: ModelFolder, *, metrics: Metrics, engine: EngineClient, runs_engine: bool
+    settings: Settings,
+    folder: ModelFolder,
+    *,
+    metrics: Metrics,
+    engine: EngineClient,
+    runs_engine: bool,
+    listens_on: str | None = None,
 ) -> ServerContext:
-    """Everything that the routes read."""
+    """Everything that the routes read. `listens_on`: the address, None where another's server listens."""
+    keys = make_keys(settings)
     admission_limits = AdmissionLimits(
         max_live_sequences=settings.max_live_sequences, max_waiting_tokens=settings.max_waiting_tokens
     )
@@ -84,9 +92,10 @@ def make_context(
         sampling_defaults=folder.generation_defaults if settings.generation_config == "model" else OpenAIDefaults(),
         limits=ApiLimits(max_body_size=settings.max_body_size, unknown_fields=unknown),
         version=__version__,
-        keys=make_keys(settings),
+        keys=keys,
         metrics_keys=None if settings.metrics_key_file is None else KeyRing(file=Path(settings.metrics_key_file)),
         allowed_origins=settings.allowed_origins,
+        allowed_hosts=allowed_hosts(listens_on, keys),
         docs=settings.docs,
         page=settings.page,
         runs_engine=runs_engine,
@@ -101,6 +110,11 @@ def make_keys(settings: Settings) -> KeyRing | None:
     if file is None and key is None:
         return None
     return KeyRing(file=file, keys=() if key is None else (key,))
+
+
+def allowed_hosts(listens_on: str | None, keys: KeyRing | None) -> tuple[str, ...] | None:
+    """Names that requests may use: loopback's where the server listens there without keys, else any (None)."""
+    return None if listens_on is None or keys is not None else loopback_hosts(listens_on)
 
 
 def model_names(settings: Settings, folder: ModelFolder) -> tuple[str, ...]:

@@ -108,7 +108,9 @@ async def _serve(settings: Settings, start: _Start, listener: socket.socket) -> 
 
     metrics = main.make_metrics(settings, start.folder)
     client = main.make_engine_client(settings, start.config, launch=start.launch, metrics=metrics, first=start.engine)
-    context = main.make_context(settings, start.folder, metrics=metrics, engine=client, runs_engine=False)
+    context = main.make_context(
+        settings, start.folder, metrics=metrics, engine=client, runs_engine=False, listens_on=settings.host
+    )
     server = _make_server(create_app(context, root_path=settings.root_path), settings)
 
     def describe(limits: EngineLimits) -> str:
@@ -117,6 +119,7 @@ async def _serve(settings: Settings, start: _Start, listener: socket.socket) -> 
             limits,
             url=_url(listener, scheme="http" if settings.ssl_certfile is None else "https"),
             model_name=context.model_names[0],
+            needs_key=context.keys is not None,
         )
 
     with _signals() as (drain, end):

@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from app.api.body import ClientDisconnected
 from app.api.deps import ServerContext
 from app.api.errors import MethodNotAllowed, kind_of
+from app.api.hosts import HostLayer
 from app.api.keys import KeyLayer
 from app.api.middleware import RequestLayer
 from app.api.openapi import add_schemas
@@ -55,6 +56,8 @@ def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
             allow_headers=["*"],
             expose_headers=_EXPOSED_HEADERS,
         )
+    if context.allowed_hosts is not None:
+        app.add_middleware(HostLayer, allowed_hosts=context.allowed_hosts)
     app.add_middleware(RequestLayer, metrics=context.metrics)
     app.add_exception_handler(HeadwaterError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)

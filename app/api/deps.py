@@ -80,6 +80,8 @@ class ServerContext:
     """Keys that open /metrics and nothing else."""
     allowed_origins: tuple[str, ...] = ()
     """Origins whose pages may call the API from a browser."""
+    allowed_hosts: tuple[str, ...] | None = None
+    """Names that requests may have as Host, ports aside; None: any."""
     docs: bool = True
     """Whether /docs and /openapi.json are served."""
     page: bool = True

@@ -36,6 +36,10 @@ class Unauthorized(ClientError):
     """No API key, or one that this server does not know."""
 
 
+class HostRefused(ClientError):
+    """The Host header has a name that this server does not answer to."""
+
+
 class BodyTimeout(ClientError):
     """The body did not arrive in time."""
 
@@ -60,6 +64,7 @@ _KINDS: Mapping[type[Exception], ErrorKind] = MappingProxyType(
     {
         InvalidRequest: ErrorKind(400, "invalid_request_error", None),
         Unauthorized: ErrorKind(401, "authentication_error", "invalid_api_key"),
+        HostRefused: ErrorKind(403, "permission_error", "host_not_allowed"),
         NotFound: ErrorKind(404, "not_found_error", "not_found"),
         MethodNotAllowed: ErrorKind(405, "invalid_request_error", "method_not_allowed"),
         HeadTimeout: ErrorKind(408, "invalid_request_error", "request_timeout"),
@@ -77,6 +82,7 @@ _KINDS: Mapping[type[Exception], ErrorKind] = MappingProxyType(
 _MESSAGES_TYPES: Mapping[int, str] = MappingProxyType(
     {
         401: "authentication_error",
+        403: "permission_error",
         404: "not_found_error",
         413: "request_too_large",
         429: "rate_limit_error",
