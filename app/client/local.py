@@ -269,6 +269,7 @@ class LocalEngineClient:
         except EngineDeath as death:
             ready_seconds = life.ready_seconds
             self._life = None
+            death = self._in_words(death)
             self._mark_dead(death)
             await life.end()
             counts = not self._blame(death, life)
@@ -297,6 +298,8 @@ class LocalEngineClient:
     def _begin_serving(self, ready: Ready) -> None:
         if self._limits is not None and ready.limits.fingerprint != self._limits.fingerprint:
             self._fail_all("the model changed while its engine was replaced, so this answer cannot go on")
+        if self._limits is None:
+            self._pin(ready.limits)
         self._limits = ready.limits
         self._state = EngineState.READY
         self._detail = f"generation {ready.generation} is ready"
@@ -314,6 +317,23 @@ class LocalEngineClient:
             },
         )
         self._settled.set()
+
+    def _pin(self, limits: EngineLimits) -> None:
+        """Later engines get the context of the first, whatever memory is free then: requests were checked by it."""
+        self._config = msgspec.structs.replace(
+            self._config, max_model_len=limits.max_model_len, num_kv_blocks=limits.num_kv_blocks
+        )
+
+    def _in_words(self, death: EngineDeath) -> EngineDeath:
+        """A death as it is, or with what was asked of an engine that could not be like the first."""
+        if self._limits is None or not death.is_configuration:
+            return death
+        return EngineDeath(
+            f"no engine like the first one could be started ({self._config.max_model_len} tokens of context and "
+            f"{self._config.num_kv_blocks} KV blocks): {death.reason}",
+            is_configuration=True,
+            is_self_inflicted=death.is_self_inflicted,
+        )
 
     def _mark_dead(self, death: EngineDeath) -> None:
         """New sequences are refused from now on."""

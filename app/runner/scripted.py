@@ -10,6 +10,7 @@ Invariant: rows share nothing. Imports neither numpy nor torch.
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Literal, NoReturn
 
 import msgspec
@@ -50,6 +51,9 @@ class ScriptedSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     crash: Literal["exit", "segv", "raise", "hang"] = "exit"
     fail_load: Literal["", "configuration", "exit", "raise"] = ""
     """End the load in this way."""
+    memory_file: str = ""
+    """A file that says how many KV blocks there is memory for at this load: so many where none are asked for, and
+    more are refused."""
 
 
 class _Row:
@@ -202,7 +206,10 @@ def _info(config: EngineConfig, settings: ScriptedSettings) -> RunnerInfo:
     def first(asked: int | None, otherwise: int) -> int:
         return otherwise if asked is None else asked
 
-    num_kv_blocks = first(config.num_kv_blocks, settings.num_kv_blocks)
+    room = int(Path(settings.memory_file).read_text()) if settings.memory_file else None
+    num_kv_blocks = first(config.num_kv_blocks, first(room, settings.num_kv_blocks))
+    if room is not None and num_kv_blocks > room:
+        raise ConfigurationError(f"{num_kv_blocks} KV blocks are asked for and the script has memory for {room}")
     return RunnerInfo(
         tier="scripted",
         tier_reason="tokens are made up, there is no model",

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -218,6 +219,29 @@ async def test_a_sequence_is_aborted_while_no_engine_is_there() -> None:
         await until_ready(client)
         await complete(client, request("b"))
         await until_idle(client)
+
+
+async def test_the_next_engine_has_the_context_of_the_first(tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    memory.write_text("64")
+    async with running(scripted(step_seconds=0.002, memory_file=str(memory))) as client:
+        answer = Answer()
+        task = asyncio.create_task(answer.fill(client, request("a", max_tokens=400)))
+        for num_tokens, room in ((100, "8"), (200, "1000")):
+            await until(lambda n=num_tokens: len(answer.token_ids) > n)  # type: ignore[misc]
+            generation = client.status.generation
+            memory.write_text(room)
+            hurt(client, signal.SIGKILL)
+            await until(lambda n=generation: client.status.generation > n)  # type: ignore[misc]
+            if room == "8":
+                await until(lambda: "64 KV blocks" in client.status.detail)
+                assert "1024 tokens" in client.status.detail
+                memory.write_text("64")  # there is room again
+            await until_ready(client)
+            assert client.limits is not None
+            assert (client.limits.num_kv_blocks, client.limits.max_model_len) == (64, 1024)
+        await task
+    assert (len(answer.token_ids), answer.finish_reason) == (400, FinishReason.LENGTH)
 
 
 async def test_many_large_requests_are_handed_over_in_parts() -> None:
