@@ -138,6 +138,15 @@ def test_a_bad_body_is_a_400(server: FakeServer, body: bytes, param: str | None)
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/tokenize", "/detokenize"]
+)
+def test_a_body_of_countless_fields_is_refused_before_they_are_sorted(server: FakeServer, path: str) -> None:
+    body = {"model": MODEL} | {f"x{index}": None for index in range(256)}
+    response = server.post(body, path)
+    assert response.status_code == 400 and "257 fields" in response.json()["error"]["message"]
+
+
 def test_a_stream_refused_is_a_real_status(server: FakeServer) -> None:
     response = server.post({"prompt": "a", "n": 0, "stream": True})
     assert response.status_code == 400 and response.headers["content-type"] == "application/json"

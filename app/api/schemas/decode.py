@@ -20,6 +20,8 @@ StructType = TypeVar("StructType", bound=msgspec.Struct)
 _KEYS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _LOCATED = re.compile(r"^(?P<what>.*?) - at (?:`key` in )?`\$(?P<path>[^`]*)`$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]*)`$")
+MAX_FIELDS = 256
+"""Of a body, known or not: no client has so many to say."""
 _MAX_SHOWN = 64
 _MAX_EXPLAINED = 65_536
 """Longest body that is searched for the forbidden value: the search holds the event loop."""
@@ -27,13 +29,18 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def decode_keys(body: bytes) -> dict[str, msgspec.Raw]:
-    """The fields of a JSON object, undecoded. Raises InvalidRequest."""
+    """The fields of a JSON object, undecoded: at most `MAX_FIELDS`. Raises InvalidRequest."""
     try:
-        return _KEYS.decode(body)
+        fields = _KEYS.decode(body)
     except msgspec.ValidationError as error:
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _malformed(body, error) from error
+    if len(fields) > MAX_FIELDS:  # before each is looked up, sorted and perhaps reported on the event loop
+        raise InvalidRequest(
+            f"The body has {len(fields)} fields; at most {MAX_FIELDS} are taken.", code="too_many_fields"
+        )
+    return fields
 
 
 def decode_struct(body: bytes, kind: type[StructType], *, fields: Mapping[str, msgspec.Raw]) -> StructType:
