@@ -92,3 +92,13 @@ def test_precisions_have_their_own_fingerprints(tmp_path: Path) -> None:
         fingerprints.add(native.info.fingerprint)
         native.close()
     assert len(fingerprints) == len(names)
+
+
+def test_another_config_has_another_fingerprint(tmp_path: Path) -> None:
+    """The weights are the same, and the tokens are not."""
+    fingerprints = []
+    for changes in ({}, {}, {"rope_theta": 20000.0}):
+        native = load_native(write_model(tmp_path, changes))
+        fingerprints.append(native.info.fingerprint)
+        native.close()
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]

@@ -1,5 +1,6 @@
 """Builds a NativeRunner from a configuration, or says in one clause why it cannot serve here."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,14 @@ def _info(
         weight_bytes=weights.num_bytes,
         max_num_batched_tokens=max_num_batched_tokens,
         row_independent=True,
-        fingerprint=f"native-{level.name}-{dtype}-k{KERNEL_EPOCH}-s{SAMPLER_EPOCH}-{weights.digest[:16]}",
+        fingerprint=f"native-{level.name}-{dtype}-k{KERNEL_EPOCH}-s{SAMPLER_EPOCH}-"
+        f"{weights.digest[:16]}-{_config_digest(config)}",
     )
+
+
+def _config_digest(config: EngineConfig) -> str:
+    """Of config.json: the same weights under another rope_theta are another model."""
+    return hashlib.sha256((Path(config.model_dir) / "config.json").read_bytes()).hexdigest()[:8]
 
 
 def _eos_token_ids(config: EngineConfig, model_dir: Path) -> tuple[int, ...]:
