@@ -64,7 +64,7 @@ def plan_kv(
             f"the KV cache asked for takes {_size(num_blocks * block_bytes)} and {_size(available_bytes)} of memory "
             f"are free; lower --kv-cache-gib (or --num-kv-blocks)"
         )
-    if requested_blocks is None or requested_blocks < 1:
+    if requested_blocks is None or requested_blocks < 1 or is_context_asked:
         needed_len = max_model_len if is_context_asked else min(max_model_len, MIN_CONTEXT)
         _check_room(num_blocks, block_size, needed_len=needed_len, block_bytes=block_bytes, there=there)
     return KVPlan(
@@ -80,7 +80,7 @@ def _check_room(num_blocks: int, block_size: int, *, needed_len: int, block_byte
     if num_blocks < needed:
         raise ConfigurationError(
             f"one sequence of {needed_len} tokens needs {_size(needed * block_bytes)} of KV cache and {_size(there)} "
-            "are there; free memory, lower --max-model-len or raise --kv-cache-gib"
+            "are there; free memory, lower --max-model-len or raise --kv-cache-gib (or --num-kv-blocks)"
         )
 
 

@@ -94,6 +94,7 @@ def test_without_a_request_it_takes_at_most_its_share() -> None:
 def test_requests_are_honoured() -> None:
     assert plan(requested_bytes=5 * MIB).num_blocks == 80
     assert plan(requested_blocks=3).max_model_len == 192
+    assert plan(requested_blocks=32, is_context_asked=True).max_model_len == 2048
     assert plan(requested_blocks=3, requested_bytes=5 * MIB).num_blocks == 3
 
 
@@ -105,6 +106,7 @@ def test_requests_are_honoured() -> None:
         ({"requested_bytes": MIB, "is_context_asked": True}, r"2048 tokens needs 2\.0 MiB .* 1\.0 MiB are there"),
         ({"requested_bytes": 2000 * MIB}, r"takes 2,000\.0 MiB and 1,000\.0 MiB of memory are free"),
         ({"requested_blocks": 0}, "needs"),
+        ({"requested_blocks": 4, "is_context_asked": True}, r"2048 tokens needs 2\.0 MiB .* --num-kv-blocks"),
     ],
 )
 def test_what_cannot_fit_is_refused_with_figures(fields: dict[str, object], words: str) -> None:
