@@ -105,6 +105,41 @@ def test_a_client_may_leave_while_its_prompt_is_tokenized(own_server: FakeServer
     assert len(own_server.engine.aborted) == len(own_server.engine.requests)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "Hello", "return_token_strs": True}),
+        ("/detokenize", {"tokens": [41, 70], "return_token_strs": True}),
+    ],
+)
+def test_the_tokenizers_routes_hold_their_room_until_they_are_done(
+    own_server: FakeServer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    tokenizer, held = own_server.context.tokenizer, []
+
+    def watch(name: str) -> None:
+        method = getattr(tokenizer, name)
+
+        def watched(*args: Any) -> Any:
+            held.append(own_server.context.admission.num_parsing_bytes)
+            return method(*args)
+
+        monkeypatch.setattr(tokenizer, name, watched)
+
+    for name in ("encode", "decode", "token_text"):
+        watch(name)
+    assert own_server.post(body, path).status_code == 200
+    assert len(held) >= 2 and min(held) > 0
+    assert own_server.is_idle()
+
+
+def test_a_text_beyond_any_context_is_not_tokenized(own_server: FakeServer) -> None:
+    response = own_server.post({"prompt": "ab" * 500_000}, "/tokenize")
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "prompt"
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_a_slow_body_is_a_408(own_server: FakeServer) -> None:
     with raw(own_server, b'{"prompt": ', content_length="100") as connection:
         answer = read_until(connection, b"request_timeout")

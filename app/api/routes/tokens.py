@@ -1,6 +1,7 @@
 """`POST /tokenize`, `POST /detokenize`, `GET /tokenizer_info`."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import TypeVar
 
 import msgspec
@@ -22,7 +23,7 @@ from app.api.schemas.tokens import (
     TokenizerInfo,
     conversation_of,
 )
-from app.api.translate import check_token_ids
+from app.api.translate import check_text_size, check_token_ids
 from app.text.tokenizer import Tokenizer
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -45,23 +46,9 @@ def routes(context: ServerContext) -> APIRouter:
     )
     async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of the prompt that messages make."""
-        body, fields = await _read(request, context, TokenizeRequest)
-        context.check_model(body.model)
-        limits = context.known_limits()
-        conversation = conversation_of(body)
-        if conversation is None:
-            text, adds_special = body.prompt or "", body.add_special_tokens is not False
-        else:
-            kwargs = check_kwargs(body.chat_template_kwargs, require_template(context), unknown=UnknownFields.REFUSE)
-            text = await render(conversation, fields["messages"], context, variables=kwargs)
-            adds_special = bool(body.add_special_tokens)
-        (token_ids,) = await context.tokenizer.encode([text], adds_special)
-        spelled = await asyncio.to_thread(_spell, token_ids, context.tokenizer) if body.return_token_strs else None
-        return JsonResponse(
-            TokenizeResponse(
-                count=len(token_ids), max_model_len=limits.max_model_len, tokens=token_ids, token_strs=spelled
-            )
-        )
+        with context.admission.enter(check_headers(request.scope, context.limits)):
+            body, fields = await _read(request, context, TokenizeRequest)
+            return JsonResponse(await _tokenize(body, fields, context))
 
     @router.post(
         "/detokenize",
@@ -71,12 +58,9 @@ def routes(context: ServerContext) -> APIRouter:
     )
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        body, _ = await _read(request, context, DetokenizeRequest)
-        context.check_model(body.model)
-        check_token_ids(body.tokens, field="tokens", vocab_size=context.known_limits().vocab_size)
-        text = await asyncio.to_thread(context.tokenizer.decode, body.tokens, False)
-        spelled = await asyncio.to_thread(_spell, body.tokens, context.tokenizer) if body.return_token_strs else UNSET
-        return JsonResponse(DetokenizeResponse(prompt=text, token_strs=spelled))
+        with context.admission.enter(check_headers(request.scope, context.limits)):
+            body, _ = await _read(request, context, DetokenizeRequest)
+            return JsonResponse(await _detokenize(body, context))
 
     @router.get("/tokenizer_info", responses=json_reply(TokenizerInfo), response_class=Response)
     async def tokenizer_info() -> Response:
@@ -87,10 +71,37 @@ def routes(context: ServerContext) -> APIRouter:
 
 
 async def _read(request: Request, context: ServerContext, kind: type[Body]) -> tuple[Body, dict[str, msgspec.Raw]]:
-    with context.admission.enter(check_headers(request.scope, context.limits)):
-        body = await read_body(request.receive, context.limits)
+    body = await read_body(request.receive, context.limits)
     fields = decode_keys(body)
     return decode_struct(body, kind, fields=fields), fields
+
+
+async def _tokenize(
+    body: TokenizeRequest, fields: Mapping[str, msgspec.Raw], context: ServerContext
+) -> TokenizeResponse:
+    context.check_model(body.model)
+    limits = context.known_limits()
+    conversation = conversation_of(body)
+    if conversation is None:
+        text, adds_special, field = body.prompt or "", body.add_special_tokens is not False, "prompt"
+    else:
+        kwargs = check_kwargs(body.chat_template_kwargs, require_template(context), unknown=UnknownFields.REFUSE)
+        text = await render(conversation, fields["messages"], context, variables=kwargs)
+        adds_special, field = bool(body.add_special_tokens), "messages"
+    check_text_size([text], context.tokenizer, field=field, max_tokens=limits.max_model_len)
+    (token_ids,) = await context.tokenizer.encode([text], adds_special)
+    spelled = await asyncio.to_thread(_spell, token_ids, context.tokenizer) if body.return_token_strs else None
+    return TokenizeResponse(
+        count=len(token_ids), max_model_len=limits.max_model_len, tokens=token_ids, token_strs=spelled
+    )
+
+
+async def _detokenize(body: DetokenizeRequest, context: ServerContext) -> DetokenizeResponse:
+    context.check_model(body.model)
+    check_token_ids(body.tokens, field="tokens", vocab_size=context.known_limits().vocab_size)
+    text = await asyncio.to_thread(context.tokenizer.decode, body.tokens, False)
+    spelled = await asyncio.to_thread(_spell, body.tokens, context.tokenizer) if body.return_token_strs else UNSET
+    return DetokenizeResponse(prompt=text, token_strs=spelled)
 
 
 def _spell(token_ids: list[int], tokenizer: Tokenizer) -> list[str]:
