@@ -54,6 +54,8 @@ def read_eos_token_ids(model_dir: Path) -> tuple[int, ...]:
             raise ConfigurationError(f"{path} is no JSON object ({error}): fetch the model again") from None
         if found is not None:
             ids = found if isinstance(found, list) else [found]
+            if not all(isinstance(token_id, int) for token_id in ids):
+                raise ConfigurationError(f"{path} has eos_token_id = {found!r}, no token id: fetch the model again")
             return tuple(int(token_id) for token_id in ids)
     return ()
 

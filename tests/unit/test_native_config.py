@@ -1,12 +1,17 @@
 """The loader's table: what it serves, and that anything unknown is named and refused."""
 
+import struct
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from app.core.errors import ConfigurationError
+from app.engine.build import read_eos_token_ids
 from app.runner.base import TierUnavailable
-from app.runner.native.families import shape_of
+from app.runner.native.families import read_shape, shape_of
+from app.runner.native.safetensors import read_tensors
 from tests.native_models import LLAMA
 
 
@@ -59,3 +64,48 @@ def test_rope_parameters_carry_theta() -> None:
     config = {name: value for name, value in LLAMA.items() if name != "rope_theta"}
     new = shape_of({**config, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
     assert np.array_equal(old.inverse_frequencies, new.inverse_frequencies)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3"])
+def test_a_config_that_is_no_json_object_ends_the_start(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"config\.json .* fetch the model again"):
+        read_shape(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rms_norm_eps": None},
+        {"rms_norm_eps": "small"},
+        {"rope_scaling": "linear"},
+        {"rope_scaling": {"rope_type": "linear", "factor": "two"}},
+        {"layer_types": 3},
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_for_the_next_tier(changes: dict[str, Any]) -> None:
+    with pytest.raises(TierUnavailable, match=r"config\.json"):
+        shape_of({**LLAMA, **changes})
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', '{"weight_map": []}']
+)
+def test_a_broken_index_ends_the_start(text: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"index\.json"):
+        read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("header", [b"3", b"[]", b"{", b'{"a": 3}', b'{"a": {"dtype": "F32", "shape": "x"}}'])
+def test_a_broken_header_ends_the_start(header: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ConfigurationError, match="fetch it again"):
+        read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("value", ['"x"', "[null]", "{}"])
+def test_a_broken_eos_id_ends_the_start(value: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(f'{{"eos_token_id": {value}}}')
+    with pytest.raises(ConfigurationError, match=r"config\.json"):
+        read_eos_token_ids(tmp_path)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from app.core.errors import ConfigurationError
 from app.runner.base import TierUnavailable
 
 HEAD_DIMS = (32, 64, 96, 128)
@@ -96,13 +97,30 @@ class ModelShape:
 
 
 def read_shape(model_dir: Path) -> ModelShape:
-    """Read and check config.json. Raises TierUnavailable with the field that the kernels do not know."""
-    config: dict[str, Any] = json.loads((model_dir / "config.json").read_text())
+    """Read and check config.json.
+
+    Raises TierUnavailable with the field that the kernels do not know, ConfigurationError where it is no JSON object.
+    """
+    path = model_dir / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is no JSON ({error}): fetch the model again") from error
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"{path} is no JSON object: fetch the model again")
     return shape_of(config)
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape:
     """`read_shape` for a parsed config.json."""
+    try:
+        return _shape_of(config)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        reason = f"config.json has a value that the native kernels do not understand ({type(error).__name__}: {error})"
+        raise TierUnavailable(reason) from error
+
+
+def _shape_of(config: Mapping[str, Any]) -> ModelShape:
     model_type = config.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:

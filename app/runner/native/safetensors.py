@@ -24,6 +24,9 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
 }
 
+_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, struct.error)
+"""What reading raises where a file does not have the form that it should."""
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -40,7 +43,7 @@ def read_tensors(model_dir: Path) -> dict[str, Tensor]:
     for path in _files(model_dir):
         try:
             tensors.update(_read_file(path))
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        except _BROKEN as error:
             raise ConfigurationError(f"{path} is not a readable safetensors file ({error}); fetch it again") from error
     return tensors
 
@@ -50,7 +53,12 @@ def _files(model_dir: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        return [model_dir / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            return [model_dir / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except _BROKEN as error:
+            raise ConfigurationError(
+                f"{index} is no readable index of safetensors files ({type(error).__name__}: {error}); fetch it again"
+            ) from error
     raise ConfigurationError(f"{model_dir} has no model.safetensors; fetch the model again")
 
 
