@@ -17,7 +17,8 @@ typedef struct {
 
 /* How many tokens share one pass over the keys. */
 int query_tokens(const hw_model *model);
-/* Store K and V of token t. `next_in_entry`: the next token of the step follows it in its sequence. */
+/* Store K and V of one token, whose row of the step is `qkv`. `has_previous`, `has_next`: the row before it, or the
+ * next one (`stride` floats on), is its neighbour in the same sequence: values are stored for two tokens at once. */
 void cache_write(const hw_model *model, const hw_layer *layer, const float *qkv, long stride, int position,
                  const int32_t *table, int has_previous, int has_next);
 /* out[token][head][dim] for the tokens of a query block and the heads that share kv head `kv_head`.
