@@ -115,7 +115,6 @@ class GenerationAnswer:
         self._is_exact = limits.row_independent
         self._events: EventStream | None = None
         """Of a streamed answer."""
-        self._live = self._admit(generation, limits)
         head = AnswerHead(
             request_id=record.request_id if request.request_id is None else request.request_id,
             created=int(time.time()),
@@ -123,7 +122,10 @@ class GenerationAnswer:
             fingerprint=limits.fingerprint,
             seed=generation.seed,
         )
-        self._form = prepared.make_form(head, [live.text for live in self._live])
+        with ExitStack() as undo:
+            self._live = self._admit(generation, limits, undo=undo)
+            self._form = prepared.make_form(head, [live.text for live in self._live])
+            undo.pop_all()  # from here on `send` closes them
         record.is_stream = bool(request.stream)
         record.generation = context.engine.status.generation
         record.meters = tuple(live.meter for live in self._live)
@@ -143,11 +145,13 @@ class GenerationAnswer:
             for live in self._live:
                 live.close(reason)
 
-    def _admit(self, prepared: PreparedGeneration, limits: EngineLimits) -> list[LiveSequence]:
+    def _admit(self, prepared: PreparedGeneration, limits: EngineLimits, *, undo: ExitStack) -> list[LiveSequence]:
         context, request = self._context, self._request
         counts = [len(sequence.prompt.token_ids) for sequence in prepared.sequences]
         num_param_ids = num_ids(prepared.sequences[0].engine_request.params)
         places = context.admission.admit(counts, max_model_len=limits.max_model_len, num_param_ids=num_param_ids)
+        for place in places:
+            undo.callback(place.leave)
         context.metrics.params_n.observe(request.num_samples)
         live: list[LiveSequence] = []
         for sequence, place in zip(prepared.sequences, places, strict=True):
