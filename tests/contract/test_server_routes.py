@@ -62,6 +62,14 @@ def test_unknown_routes_are_404(server: FakeServer, method: str, path: str) -> N
     assert response.json()["error"]["type"] == "not_found_error" and "x-request-id" in response.headers
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_probes_may_ask_with_head(server: FakeServer, path: str) -> None:
+    for _ in range(2):  # nothing stays behind on the connection
+        head, whole = server.http.head(path), server.http.get(path)
+        assert head.status_code == whole.status_code == 200 and head.content == b""
+        assert head.headers["content-length"] == whole.headers["content-length"]
+
+
 def test_wrong_methods_are_405(server: FakeServer) -> None:
     response = server.http.get("/v1/completions")
     assert response.status_code == 405 and response.headers["allow"] == "POST"

@@ -20,6 +20,7 @@ def routes(context: ServerContext) -> APIRouter:
     """The operators' routes."""
     router = APIRouter(tags=["server"])
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", responses=status_reply(Liveness), openapi_extra=OPEN, response_class=Response)
     async def health() -> Response:
         """200 while the process is sane; 503 when its engine cannot come back and only a restart helps."""
@@ -27,6 +28,7 @@ def routes(context: ServerContext) -> APIRouter:
             return JsonResponse(Liveness(status="failed"), status=kind_of(EngineUnavailable).status)
         return JsonResponse(Liveness(status="ok"))
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready", responses=status_reply(Readiness), openapi_extra=OPEN, response_class=Response)
     async def ready() -> Response:
         """200 while requests are taken; 503 with the state while starting, stalled, restarting or draining."""
