@@ -61,10 +61,12 @@ class MatchState:
 
 
 class MaskMaker:
-    """Computes the masks of several states at once, on several cores."""
+    """Computes the masks of several states at once, on several cores where there are enough."""
 
     def __init__(self) -> None:
-        self._executor = LLExecutor(num_threads=min(len(os.sched_getaffinity(0)), _MAX_THREADS))
+        num_threads = min(len(os.sched_getaffinity(0)) // 2, _MAX_THREADS)
+        # With few cores a wait for another thread's turn is longer than its help.
+        self._executor = LLExecutor(num_threads=num_threads) if num_threads > 1 else None
 
     def compute(self, states: Sequence[MatchState]) -> None:
         """Give each state its mask for the next token, or find that it is over. Releases the GIL."""
@@ -72,15 +74,23 @@ class MaskMaker:
             return
         ends = states[0].ends
         masks = np.zeros((len(states), len(ends)), dtype=np.int32)  # (num_states, num_words)
-        matchers = [(state.matcher, index) for index, state in enumerate(states)]
-        self._executor.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, masks.strides[0], len(states))
+        self._fill(states, masks)
         # An end of text is drawn where something else could be too; else the sequence is over without it.
         others = masks & ~ends
-        has_others: list[bool] = np.any(others, axis=1).tolist()
+        has_others = np.bitwise_or.reduce(others, axis=1).tolist()
         for index, state in enumerate(states):
             if not state.note_failure():
                 state.is_end = not has_others[index]
                 state.mask = others[index] if state.drops_ends else masks[index]
+
+    def _fill(self, states: Sequence[MatchState], masks: NDArray[np.int32]) -> None:
+        start, size = masks.ctypes.data, masks.strides[0]
+        if self._executor is not None:
+            matchers = [(state.matcher, index) for index, state in enumerate(states)]
+            self._executor.unsafe_compute_mask_ptr(matchers, start, size, len(states))
+            return
+        for index, state in enumerate(states):
+            state.matcher.unsafe_compute_mask_ptr(start + index * size, size)
 
 
 class Matchers:
