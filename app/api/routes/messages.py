@@ -14,6 +14,7 @@ from app.api.schemas.decode import decode_keys, decode_struct
 from app.api.schemas.field_rules import ignored_header
 from app.api.schemas.fields import COUNT_TOKENS
 from app.api.schemas.messages import CountTokensRequest, CountTokensResponse, MessagesRequest
+from app.api.translate import check_text_size
 
 _QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
 _EXAMPLES = {
@@ -46,18 +47,22 @@ def routes(context: ServerContext) -> APIRouter:
     async def count_message_tokens(request: Request) -> Response:
         """How many tokens the prompt of such a conversation has."""
         with context.admission.enter(check_headers(request.scope, context.limits)):
-            body = await read_body(request.receive, context.limits)
-        fields = decode_keys(body)
-        unknown = COUNT_TOKENS.unknown if context.limits.unknown_fields is None else context.limits.unknown_fields
-        ignored = COUNT_TOKENS.sort(fields, unknown=unknown)
-        counted = decode_struct(body, CountTokensRequest, fields=fields)
-        context.check_model(counted.model)
-        context.known_limits()
-        prompt = await render_conversation(counted, context, num_tool_bytes=len(bytes(fields.get("tools", b""))))
-        (token_ids,) = await context.tokenizer.encode([prompt.text], False)
-        response = JsonResponse(CountTokensResponse(input_tokens=len(token_ids)))
-        if ignored:
-            response.raw_headers.append((b"headwater-ignored", ignored_header(ignored)))
-        return response
+            return await _count(await read_body(request.receive, context.limits), context)
 
     return router
+
+
+async def _count(body: bytes, context: ServerContext) -> Response:
+    fields = decode_keys(body)
+    unknown = COUNT_TOKENS.unknown if context.limits.unknown_fields is None else context.limits.unknown_fields
+    ignored = COUNT_TOKENS.sort(fields, unknown=unknown)
+    counted = decode_struct(body, CountTokensRequest, fields=fields)
+    context.check_model(counted.model)
+    limits = context.known_limits()
+    prompt = await render_conversation(counted, context, num_tool_bytes=len(bytes(fields.get("tools", b""))))
+    check_text_size([prompt.text], context.tokenizer, field="messages", max_tokens=limits.max_model_len)
+    (token_ids,) = await context.tokenizer.encode([prompt.text], False)
+    response = JsonResponse(CountTokensResponse(input_tokens=len(token_ids)))
+    if ignored:
+        response.raw_headers.append((b"headwater-ignored", ignored_header(ignored)))
+    return response
