@@ -65,6 +65,7 @@ ROWS: list[tuple[str, Any, int, str | None]] = [
     ("presence", {"prompt": "a", "presence_penalty": 2.5}, 400, "presence_penalty"),
     ("frequency", {"prompt": "a", "frequency_penalty": -2.5}, 400, "frequency_penalty"),
     ("repetition", {"prompt": "a", "repetition_penalty": 0}, 400, "repetition_penalty"),
+    ("tiny-repetition", {"prompt": "a", "repetition_penalty": 1e-38}, 400, "repetition_penalty"),
     ("seed-high", {"prompt": "a", "seed": 2**63}, 400, "seed"),
     ("seed-low", {"prompt": "a", "seed": -(2**63) - 1}, 400, "seed"),
     ("bias-outside", {"prompt": "a", "logit_bias": {"303": 1}}, 400, "logit_bias"),

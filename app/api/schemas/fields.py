@@ -26,7 +26,7 @@ _SHARED: tuple[Honoured, ...] = (
     Honoured("min_p", "the model's, else 0", "0 to 1", "Drop tokens under this share of the likeliest's probability."),
     Honoured("presence_penalty", "0", "-2 to 2", "Taken off the logits of tokens already in the output."),
     Honoured("frequency_penalty", "0", "-2 to 2", "The same, once for each occurrence."),
-    Honoured("repetition_penalty", "the model's, else 1", "above 0 to 10", "Divides logits of seen tokens."),
+    Honoured("repetition_penalty", "the model's, else 1", "0.01 to 10", "Divides logits of seen tokens."),
     Honoured("logit_bias", "none", "token id to -100..100; 1,024 entries", "Added to the logits."),
     Honoured("allowed_token_ids", "all", "token ids, at least one", "Only these tokens can be drawn."),
     Honoured("bad_words", "none", "256 strings", "Texts whose token sequences cannot be drawn."),
