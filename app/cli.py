@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from app import __version__
 from app.console import answer, remark
@@ -35,9 +35,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes flags by their whole names only, and so do the parsers of its commands.
+
+    A flag of another server that begins as one of ours must be an error, not ours.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+
+class _RefuseKey(argparse.Action):
+    """Ends with where keys belong, without printing the one that was given."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        parser.error(
+            "--api-key is not taken, for flags show in process lists: "
+            "use --api-key-file FILE or the variable HEADWATER_API_KEY"
+        )
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The flags of all commands; their reference page is made from it."""
-    parser = argparse.ArgumentParser(prog="headwater", description="Serve a trained decoder behind the OpenAI API.")
+    parser = _Parser(prog="headwater", description="Serve a trained decoder behind the OpenAI API.")
     parser.add_argument("--version", action="version", version=f"headwater {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -61,8 +81,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """One flag for each field of Settings. Values are checked there, not here."""
-    from app.settings import Settings
+    from app.settings import Settings, split_names
 
+    parser.add_argument("--api-key", nargs="?", action=_RefuseKey, help=argparse.SUPPRESS)
     for name, field in Settings.model_fields.items():
         flag = "--" + name.replace("_", "-")
         default = "" if field.default in (None, (), "", {}) else f" [{field.default}]"
@@ -74,7 +95,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
                 flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=field.description
             )
         elif field.default == ():
-            parser.add_argument(flag, nargs="+", default=argparse.SUPPRESS, metavar="NAME", help=help_text)
+            # One value a flag: several would swallow the MODEL behind them.
+            parser.add_argument(
+                flag, type=split_names, action="extend", default=argparse.SUPPRESS, metavar="NAMES", help=help_text
+            )
         elif field.default == {}:
             import json
 

@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     ssl_certfile: str | None = Field(None, description="certificate chain, PEM: serve https; with --ssl-keyfile")
     ssl_keyfile: str | None = Field(None, description="private key of --ssl-certfile, PEM, without a password")
     allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="origins whose pages may call the API from a browser (CORS); * is all"
+        (), description="origins whose pages may call the API from a browser (CORS), divided by commas; * is all"
     )
     api_key_file: str | None = Field(
         None,
@@ -66,7 +66,7 @@ class Settings(BaseSettings):
     metrics_key_file: str | None = Field(None, description="file with keys that open /metrics and nothing else")
 
     served_model_name: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="names that requests may use; answers carry the first. In the variable: divided by spaces"
+        (), description="names that requests may use, divided by commas, or the flag again; answers carry the first"
     )
     chat_template: str | None = Field(None, description="file with a chat template in place of the model's own")
     generation_config: Literal["model", "openai"] = Field(
@@ -117,7 +117,7 @@ class Settings(BaseSettings):
     @field_validator("served_model_name", "allowed_origins", mode="before")
     @classmethod
     def _split_names(cls, value: object) -> object:
-        return tuple(value.split()) if isinstance(value, str) else value
+        return split_names(value) if isinstance(value, str) else value
 
     @field_validator("metrics_prefix")
     @classmethod
@@ -153,6 +153,11 @@ class Settings(BaseSettings):
         if field in flags:
             return Source.FLAG
         return Source.ENVIRONMENT if ENV_PREFIX + field.upper() in os.environ else Source.DEFAULT
+
+
+def split_names(value: str) -> tuple[str, ...]:
+    """The names of a list as it is typed: divided by commas or spaces."""
+    return tuple(value.replace(",", " ").split())
 
 
 def load_settings(**flags: object) -> Settings:

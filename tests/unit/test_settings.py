@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.cli import main
+from app.cli import _settings, main, make_parser
 from app.core.errors import ConfigurationError
 from app.settings import Settings, load_settings
 
@@ -22,8 +22,9 @@ def test_flags_win_over_variables_and_variables_over_defaults(monkeypatch: pytes
     assert (settings.port, settings.max_num_seqs, settings.host) == (9002, 7, "127.0.0.1")
 
 
-def test_names_in_a_variable_are_divided_by_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HEADWATER_SERVED_MODEL_NAME", "large  small")
+@pytest.mark.parametrize("value", ["large  small", "large,small", "large, small"])
+def test_names_in_a_variable_are_divided_by_commas_or_spaces(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_SERVED_MODEL_NAME", value)
     assert load_settings().served_model_name == ("large", "small")
 
 
@@ -75,3 +76,41 @@ def test_a_mistake_ends_the_command_with_status_2_and_no_traceback(capsys: pytes
 def test_list_names_the_default_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     assert "smollm2-135m-instruct-q4 (Apache-2.0, the default" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names", "model"),
+    [
+        (["--served-model-name", "gpt", "rill"], ("gpt",), "rill"),
+        (["--served-model-name", "gpt,small", "rill"], ("gpt", "small"), "rill"),
+        (["rill", "--served-model-name", "gpt", "--served-model-name=small"], ("gpt", "small"), "rill"),
+        (["--served-model-name", "gpt small"], ("gpt", "small"), None),
+    ],
+)
+def test_a_list_takes_one_value_a_flag_and_leaves_the_model_alone(
+    arguments: list[str], names: tuple[str, ...], model: str | None
+) -> None:
+    options = make_parser().parse_args(["serve", *arguments])
+    assert (_settings(options).served_model_name, getattr(options, "model", None)) == (names, model)
+
+
+def test_a_name_too_many_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """vLLM takes several values after one flag: here the second is the model, and a third nothing."""
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["serve", "--served-model-name", "gpt", "small", "rill"])
+    assert "unrecognized arguments: rill" in capsys.readouterr().err
+
+
+def test_no_command_completes_flags() -> None:
+    commands = next(iter(make_parser()._subparsers._group_actions)).choices  # type: ignore[union-attr]
+    assert {"serve", "check", "demo", "pretrain"} <= set(commands)  # type: ignore[arg-type]
+    assert [parser for parser in (make_parser(), *commands.values()) if parser.allow_abbrev] == []  # type: ignore[union-attr]
+
+
+def test_a_key_as_a_flag_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--api-key", "sk-0123456789abcdef"], ["--api-key=sk-0123456789abcdef"], ["--api-key"]):
+        with pytest.raises(SystemExit) as exit_info:
+            make_parser().parse_args(["check", "rill-sql-3m", *arguments])
+        printed = "".join(capsys.readouterr())
+        assert exit_info.value.code == 2
+        assert "HEADWATER_API_KEY" in printed and "sk-0123" not in printed
