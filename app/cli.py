@@ -57,7 +57,9 @@ class _RefuseKey(argparse.Action):
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of all commands; their reference page is made from it."""
-    parser = _Parser(prog="headwater", description="Serve a trained decoder behind the OpenAI API.")
+    parser: argparse.ArgumentParser = _Parser(
+        prog="headwater", description="Serve a trained decoder behind the OpenAI API."
+    )
     parser.add_argument("--version", action="version", version=f"headwater {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
