@@ -6,6 +6,7 @@ with a sentence. Automatic values are `None` here and resolved where they are kn
 """
 
 import os
+import re
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -20,6 +21,9 @@ API_KEY_VARIABLE = "HEADWATER_API_KEY"
 OTHER_VARIABLES = frozenset({API_KEY_VARIABLE, "HEADWATER_CACHE", "HEADWATER_ISA"})
 """Variables that are no flags: a key (flags show in process lists), the store's cache folder, the native tier's ISA
 level."""
+
+_SERVICE_LINK = re.compile(rf"{ENV_PREFIX}(SERVICE_|PORT_\d+_)")
+"""Variables that Kubernetes sets in every pod for a service called headwater."""
 
 OFFLINE_MODEL = "rill-sql-3m"
 """The model that comes with Headwater."""
@@ -163,9 +167,15 @@ def split_names(value: str) -> tuple[str, ...]:
 def load_settings(**flags: object) -> Settings:
     """Settings from flags and the environment. Raises ConfigurationError with one line per mistake."""
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields} | OTHER_VARIABLES
-    unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
+    links = {name for name in os.environ if _SERVICE_LINK.match(name)}
+    unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known | links)
     if unknown:
         raise ConfigurationError(f"unknown variable {unknown[0]}: unset it; `headwater serve --help` lists them")
+    if "port" not in flags and os.environ.get("HEADWATER_PORT", "").startswith("tcp://"):
+        raise ConfigurationError(
+            "HEADWATER_PORT is not a port but what Kubernetes sets for a service called headwater: "
+            "set enableServiceLinks: false in the pod, or give --port"
+        )
     try:
         settings = Settings(**flags)  # type: ignore[arg-type]  # pydantic checks the values
     except ValidationError as error:

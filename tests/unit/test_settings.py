@@ -114,3 +114,13 @@ def test_a_key_as_a_flag_is_not_printed(capsys: pytest.CaptureFixture[str]) -> N
         printed = "".join(capsys.readouterr())
         assert exit_info.value.code == 2
         assert "HEADWATER_API_KEY" in printed and "sk-0123" not in printed
+
+
+def test_variables_of_kubernetes_service_links_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT_8000_TCP", "PORT_8000_TCP_ADDR"):
+        monkeypatch.setenv(f"HEADWATER_{name}", "10.0.0.1")
+    assert load_settings().port == 8000
+    monkeypatch.setenv("HEADWATER_PORT", "tcp://10.0.0.1:8000")
+    assert load_settings(port="9000").port == 9000
+    with pytest.raises(ConfigurationError, match=r"enableServiceLinks: false.*--port"):
+        load_settings()
