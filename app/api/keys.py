@@ -57,9 +57,9 @@ class KeyRing:
     def __init__(
         self, *, file: Path | None = None, keys: Sequence[str] = (), clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`keys` hold beside those of the file. Raises ConfigurationError where there is none or one is unfit."""
+        """`keys` hold, whole, beside those of the file. Raises ConfigurationError where there is none or one is unfit."""
         self._file = file
-        self._fixed = tuple(_parse_line(key, "HEADWATER_API_KEY") for key in keys)
+        self._fixed = tuple(_make_key(key.strip(), None, "HEADWATER_API_KEY") for key in keys)
         self._clock = clock
         self._looked_at = clock()
         self._seen = None if file is None else _fingerprint(file)
@@ -165,12 +165,15 @@ def _parse_lines(lines: Iterable[str], source: str) -> Iterable[Key]:
 
 
 def _parse_line(line: str, source: str) -> Key:
-    named = _NAMED.match(line.strip())
-    key = line.strip() if named is None else named["key"].strip()
+    named = _NAMED.match(line)
+    return _make_key(line, None, source) if named is None else _make_key(named["key"].strip(), named["name"], source)
+
+
+def _make_key(key: str, name: str | None, source: str) -> Key:
     if not _KEY.match(key):
         # The key itself is never part of a message.
         raise ConfigurationError(
             f"{source}: a key has {MIN_KEY_CHARS} to {MAX_KEY_CHARS} printable ASCII characters without spaces; "
             "`openssl rand -hex 24` makes one"
         )
-    return Key(sha256(key.encode()).digest(), None if named is None else named["name"])
+    return Key(sha256(key.encode()).digest(), name)

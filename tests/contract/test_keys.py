@@ -163,7 +163,7 @@ def test_keys_come_by_file_or_variable_and_never_by_flag(tmp_path: Path, monkeyp
     file = tmp_path / "keys"
     file.write_text(ALICE)
     assert make_keys(load_settings()) is None
-    monkeypatch.setenv("HEADWATER_API_KEY", f"bob:{BOB}")
+    monkeypatch.setenv("HEADWATER_API_KEY", BOB)
     ring = make_keys(load_settings(api_key_file=str(file)))
     assert ring is not None and ring.find(ALICE) is not None and ring.find(BOB) is not None
     with pytest.raises(ConfigurationError):
@@ -200,3 +200,11 @@ def test_browsers_of_other_origins_are_let_in_by_name_only() -> None:
         assert server.http.options("/v1/completions", headers=preflight).status_code == 405
         answered = server.post({"prompt": "Hi"}, origin="https://a.example")
         assert "access-control-allow-origin" not in answered.headers
+
+
+def test_the_key_of_the_variable_is_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_API_KEY", "team:0123456789abcdef")
+    ring = make_keys(load_settings())
+    assert ring is not None and ring.find("0123456789abcdef") is None
+    found = ring.find("team:0123456789abcdef")
+    assert found is not None and found.name is None
