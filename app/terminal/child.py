@@ -26,6 +26,10 @@ STOP_SECONDS = 10.0
 POLL_SECONDS = 0.05
 SHOWN_LOG_BYTES = 2000
 _PR_SET_PDEATHSIG = 1
+_DROPPED_VARIABLES = frozenset(
+    f"HEADWATER_{name}"
+    for name in ("API_KEY", "API_KEY_FILE", "METRICS_KEY_FILE", "SSL_CERTFILE", "SSL_KEYFILE", "ROOT_PATH")
+)
 
 
 @contextmanager
@@ -33,8 +37,7 @@ def own_server(*, model: str | None = None, arguments: Sequence[str] = ()) -> It
     """Start a server and wait until it takes requests; its address. Raises ApiError with the end of its log."""
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-P", "-m", "app.cli", "serve", "--port", str(port), *arguments]
-    command += [] if model is None else [model]
+    command = serve_command(port, model=model, arguments=arguments)
     with tempfile.TemporaryFile("w+b") as log:
         process = _spawn(command, log)
         try:
@@ -42,6 +45,20 @@ def own_server(*, model: str | None = None, arguments: Sequence[str] = ()) -> It
             yield url
         finally:
             _stop(process)
+
+
+def serve_command(port: int, *, model: str | None, arguments: Sequence[str]) -> list[str]:
+    """The child's command line. The host is said, for the variables may name another."""
+    command = [sys.executable, "-P", "-m", "app.cli", "serve", "--host", "127.0.0.1", "--port", str(port), *arguments]
+    return command if model is None else [*command, model]
+
+
+def child_environment() -> dict[str, str]:
+    """This process's variables without those of keys, TLS and a proxy: the child is asked without them."""
+    root = str(Path(app.__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    kept = {name: value for name, value in os.environ.items() if name not in _DROPPED_VARIABLES}
+    return {**kept, "PYTHONPATH": path}
 
 
 def _free_port() -> int:
@@ -55,14 +72,12 @@ def _spawn(command: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
     def end_with_parent() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
-    root = str(Path(app.__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
-        env={**os.environ, "PYTHONPATH": path},
+        env=child_environment(),
         start_new_session=True,
         preexec_fn=end_with_parent,
     )
