@@ -57,7 +57,7 @@ class KeyRing:
     def __init__(
         self, *, file: Path | None = None, keys: Sequence[str] = (), clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`keys` hold, whole, beside those of the file. Raises ConfigurationError where there is none or one is unfit."""
+        """`keys` hold, whole, beside those of the file. Raises ConfigurationError where none is there or fit."""
         self._file = file
         self._fixed = tuple(_make_key(key.strip(), None, "HEADWATER_API_KEY") for key in keys)
         self._clock = clock
