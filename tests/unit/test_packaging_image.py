@@ -1,8 +1,13 @@
 """The image and the compose file: what they promise about users, ports, signals and variables."""
 
+import json
 import re
 import shutil
+import ssl
 import subprocess
+import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +76,59 @@ def test_prometheus_takes_its_configuration() -> None:
     command = [promtool, "check", "config", str(ROOT / "deploy" / "prometheus.yml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_variables_of_dotenv_reach_the_server(name: str) -> None:
+    """Compose reads .env for itself alone: without env_file a key in it would protect nothing."""
+    assert ".env" in COMPOSE["services"][name]["env_file"]
+
+
+def test_the_health_check_has_time_for_a_first_fetch() -> None:
+    found = re.search(r"--start-period=(\d+)([sm])", FINAL_STAGE)
+    assert found is not None
+    assert int(found[1]) * {"s": 1, "m": 60}[found[2]] >= 600
+
+
+@pytest.mark.parametrize("is_secure", [False, True])
+def test_the_health_check_asks_as_the_server_serves(is_secure: bool, tmp_path: Path) -> None:
+    found = re.search(r"^HEALTHCHECK .*\n\s+CMD (\[.*\])$", FINAL_STAGE, re.MULTILINE)
+    assert found is not None
+    certificate = tmp_path / "certificate.pem"
+    if is_secure:
+        make_certificate(certificate)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Health) as server:
+        variables = {"HEADWATER_PORT": str(server.server_port)}
+        if is_secure:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+            variables["HEADWATER_SSL_CERTFILE"] = str(certificate)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        _, *arguments = json.loads(found[1])
+        done = subprocess.run([sys.executable, *arguments], env=variables, capture_output=True, text=True, check=False)
+        server.shutdown()
+        thread.join()
+    assert done.returncode == 0, done.stderr
+
+
+class Health(SimpleHTTPRequestHandler):
+    """Answers /health alone."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def make_certificate(file: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed")
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=headwater.test"]
+    subprocess.run([*command, "-keyout", file, "-out", file.with_suffix(".crt")], check=True, capture_output=True)
+    with file.open("a") as both:
+        both.write(file.with_suffix(".crt").read_text())
