@@ -55,7 +55,6 @@ class ModelFolder(msgspec.Struct, frozen=True, kw_only=True):
     """The model's own context length."""
     eos_token_ids: tuple[int, ...]
     generation_defaults: GenerationDefaults
-    has_chat_template: bool
     num_bytes: int
     """Of the weights in the folder."""
     source_bytes: int | None
@@ -101,7 +100,6 @@ def describe_folder(
         max_model_len=_context_length(path, config),
         eos_token_ids=_eos_token_ids(path, generation, config),
         generation_defaults=_generation_defaults(path, generation),
-        has_chat_template=_has_chat_template(path),
         num_bytes=weights.num_bytes,
         source_bytes=source_bytes,
         num_parameters=weights.num_parameters,
@@ -233,13 +231,6 @@ def _generation_defaults(path: Path, generation: Json) -> GenerationDefaults:
         return msgspec.convert(fields, GenerationDefaults, strict=True)
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"{path / 'generation_config.json'} cannot be used: {error}") from error
-
-
-def _has_chat_template(path: Path) -> bool:
-    if (path / "chat_template.jinja").is_file() or (path / "chat_template.json").is_file():
-        return True
-    tokenizer_config = path / "tokenizer_config.json"
-    return tokenizer_config.is_file() and bool(read_json(tokenizer_config).get("chat_template"))
 
 
 def _scopes(config: Json) -> list[Json]:

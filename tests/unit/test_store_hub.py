@@ -62,7 +62,7 @@ def test_only_what_serving_reads_is_fetched(hub: FakeHub) -> None:
     folder = fetch()
     names = {path.name for path in folder.path.iterdir()}
     assert names == {*model_files(), "chat_template.jinja", "headwater.json"}
-    assert folder.has_chat_template
+    assert (folder.path / "chat_template.jinja").read_bytes() == b"{{ messages }}"
 
 
 def test_a_broken_download_goes_on_where_it_broke(hub: FakeHub, tmp_path: Path) -> None:

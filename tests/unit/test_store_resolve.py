@@ -13,11 +13,13 @@ import msgspec
 import pytest
 
 from app.core.errors import ConfigurationError
+from app.settings import Settings
 from app.store import catalogue, default_model, list_models, pull, resolve
 from app.store.cache import Manifest, cache_root, ensure_folder, whole_folder
 from app.store.catalog import PipSource
 from app.store.folder import describe_folder
 from app.store.pip_source import extract_member, fetch_member
+from app.text.chat_template import ChatTemplate
 from tests.gguf_maker import small_model_fields, small_model_tensors, tokenizer_fields, write_gguf
 from tests.store_models import default_model_folder, model_files, safetensors_bytes, write_folder
 
@@ -44,7 +46,6 @@ class TestFolders:
         assert folder.eos_token_ids == (2, 7)
         assert (folder.generation_defaults.temperature, folder.generation_defaults.top_p) == (0.6, 0.9)
         assert folder.generation_defaults.top_k is None
-        assert not folder.has_chat_template
         assert not (tmp_path / "cache").exists()
 
     def test_shards_are_added_up(self, tmp_path: Path) -> None:
@@ -330,7 +331,8 @@ def test_the_default_model_is_what_the_catalogue_says() -> None:
     assert folder.max_model_len == catalogue()["smollm2-135m-instruct-q4"].context_length
     assert (folder.source_bytes, folder.num_parameters, folder.dtype) == (98_362_432, 134_515_008, "bfloat16")
     assert folder.eos_token_ids == (2,)
-    assert folder.has_chat_template
+    assert ChatTemplate.load(folder.path) is not None
+    assert Settings.model_fields["model"].default == default_model() == folder.name
 
 
 def test_nothing_heavy_is_imported(tmp_path: Path) -> None:

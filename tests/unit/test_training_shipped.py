@@ -8,6 +8,7 @@ import pytest
 from app.core.errors import ConfigurationError
 from app.settings import OFFLINE_MODEL, load_settings
 from app.store import catalogue, list_models, resolve
+from app.text.chat_template import ChatTemplate
 from app.training.recipe import load_recipe
 
 MOST_BYTES = 12_000_000
@@ -23,7 +24,7 @@ def test_it_is_found_without_a_cache_or_a_network(tmp_path: Path) -> None:
     assert (folder.name, folder.source, folder.licence) == (OFFLINE_MODEL, "comes with Headwater", "Apache-2.0")
     assert folder.num_parameters <= MOST_PARAMETERS
     assert folder.max_model_len == catalogue()[OFFLINE_MODEL].context_length
-    assert folder.eos_token_ids and folder.has_chat_template
+    assert folder.eos_token_ids and ChatTemplate.load(folder.path) is not None
     assert not (tmp_path / "nothing").exists()
     assert sum(file.stat().st_size for file in folder.path.iterdir() if file.is_file()) <= MOST_BYTES
 
