@@ -25,7 +25,8 @@ def test_an_environment_without_pip_is_made_again(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert subprocess.run([tmp_path / ".venv" / "bin" / "python", "-m", "pip", "--version"], check=False).returncode == 0
+    python = tmp_path / ".venv" / "bin" / "python"
+    assert subprocess.run([python, "-m", "pip", "--version"], check=False).returncode == 0
 
 
 def test_ci_installs_what_makes_environments() -> None:
