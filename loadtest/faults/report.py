@@ -61,7 +61,7 @@ _SIMPLE = (
         "Requests of several keys (`cache_salt`) share prefixes and end in a canary of their own, under aborts and "
         "kills, in a KV cache that is too small. Answers repeat what stands in the sequence's KV blocks, so a block "
         "with another's content shows; what a new key asks first may not come from the cache. Below HTTP, at the "
-        "engine's client, because keys do not exist in the API yet.",
+        "engine's client, where a key is a cache salt.",
     ),
     (
         "determinism",
