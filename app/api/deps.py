@@ -7,7 +7,7 @@ from typing import Protocol
 from app.api.admission import Admission
 from app.api.keys import KeyRing
 from app.api.schemas.field_rules import UnknownFields
-from app.client.engine_client import EngineClient, EngineState
+from app.client.engine_client import EngineClient
 from app.core.errors import EngineUnavailable, NotFound
 from app.core.types import EngineLimits
 from app.grammar.check import GrammarChecker
@@ -92,9 +92,9 @@ class ServerContext:
     """Seconds that live sequences get to finish at shutdown, with `runs_engine`."""
 
     def ready_limits(self) -> EngineLimits:
-        """Limits of the engine. Raises EngineUnavailable while no engine takes requests."""
+        """Limits of the engine. Raises EngineUnavailable while no new sequence is admitted."""
         status, limits = self.engine.status, self.engine.limits
-        if status.state is not EngineState.READY or limits is None:
+        if not status.takes_requests or limits is None:
             raise EngineUnavailable(f"The engine is {status.state.value}. Try again shortly.")
         return limits
 

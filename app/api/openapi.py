@@ -96,7 +96,7 @@ _DESCRIPTIONS: Mapping[type[Exception], str] = MappingProxyType(
         UnsupportedMedia: "The body is not JSON, or is compressed.",
         TooManyRequests: "Too much is in flight.",
         EngineFailed: "The server failed this request.",
-        EngineUnavailable: "No engine takes requests now: it is starting, being replaced or draining.",
+        EngineUnavailable: "No engine takes requests now: it is starting, failing again and again, or draining.",
     }
 )
 _PARAMETER_ERROR = "422"

@@ -36,6 +36,8 @@ class EngineStatus(msgspec.Struct, frozen=True):
     """Seconds since the engine told of a step; None where it has not yet."""
     is_stalled: bool = False
     """The engine makes no progress although it should, or was stopped; it is replaced if that goes on."""
+    takes_requests: bool = False
+    """New sequences are admitted: an engine is ready, or is replaced at once and they wait for the next one."""
 
 
 class EngineClient(Protocol):

@@ -3,8 +3,8 @@
 The engine may die at any moment: its live sequences go to the next one as prompt and received tokens, and
 their consumers only see a pause. What they must never see is a token twice, or one missing.
 
-While an engine is being replaced new sequences are refused, so that readiness tells the truth; those
-admitted before go on.
+A new sequence that comes while an engine is replaced waits in the journal for the next one, as those that
+were admitted before do. Only where engines die one after another, with no token between them, is it refused.
 """
 
 import asyncio
@@ -86,6 +86,8 @@ class LocalEngineClient:
         self._limits: EngineLimits | None = None
         self._last_step: StepStats | None = None
         self._is_draining = False
+        self._awaits_ready = False
+        """An engine serves, or is replaced at once: new sequences may count on it."""
         self._mistake: ConfigurationError | None = None
         self._settled = asyncio.Event()
         self._failed = asyncio.Event()
@@ -109,6 +111,7 @@ class LocalEngineClient:
             self.engine_pid,
             last_step_age=None if life is None else life.last_step_age,
             is_stalled=life is not None and life.is_stalled,
+            takes_requests=self._takes_requests,
         )
 
     @property
@@ -184,20 +187,27 @@ class LocalEngineClient:
 
     # Sequences
 
+    @property
+    def _takes_requests(self) -> bool:
+        return self._awaits_ready and not self._is_draining
+
     def _admit(self, request: EngineRequest) -> LiveSequence:
-        if self._life is None or self._state is not EngineState.READY or self._is_draining:
+        if not self._takes_requests:
             raise self._refusal()
         if self._quarantine.holds(request):
             raise EngineFailed(QUARANTINED)
         sequence = self._journal.admit(request)
+        self._empty.clear()
+        if self._life is None or self._state is not EngineState.READY:
+            return sequence  # the next engine gets it with the others
         try:
             self._life.send(Add((request,)))
         except Exception as error:  # it was not sent, so nobody will end it
             self._journal.remove(sequence)
+            self._note_departures()
             if isinstance(error, FrameError):
                 raise InvalidRequest(TOO_LARGE) from error
             raise
-        self._empty.clear()
         self._life.has_live = True
         return sequence
 
@@ -233,9 +243,8 @@ class LocalEngineClient:
                 self._life.send(Add(requests))
             except FrameError:  # a lone one: several together are far from the limit
                 for request in requests:
-                    self._journal.receive(
-                        EngineOutput(request.request_id, finish_reason=FinishReason.ERROR, error=OUTGREW)
-                    )
+                    why = OUTGREW if request.output_token_ids else TOO_LARGE
+                    self._journal.receive(EngineOutput(request.request_id, finish_reason=FinishReason.ERROR, error=why))
 
     # Engines
 
@@ -302,6 +311,7 @@ class LocalEngineClient:
             self._pin(ready.limits)
         self._limits = ready.limits
         self._state = EngineState.READY
+        self._awaits_ready = True
         self._detail = f"generation {ready.generation} is ready"
         self._send_all(self._journal)
         self._note_departures()
@@ -336,7 +346,7 @@ class LocalEngineClient:
         )
 
     def _mark_dead(self, death: EngineDeath) -> None:
-        """New sequences are refused from now on."""
+        """Readiness says so from now on."""
         self._state = EngineState.STARTING if self._limits is None else EngineState.RESTARTING
         self._detail = death.reason
         self._last_step = None
@@ -367,6 +377,7 @@ class LocalEngineClient:
             self._give_up(death.reason)
             return None
         delay = self._budget.next_delay(ready_seconds=ready_seconds, counts=counts)
+        self._awaits_ready = self._awaits_ready and delay == 0.0
         if delay is None:
             self._give_up(f"{self._supervision.max_deaths} engines died without a token; the last: {death.reason}")
         return delay

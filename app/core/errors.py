@@ -65,7 +65,7 @@ class ServerError(HeadwaterError):
 
 
 class EngineUnavailable(ServerError):
-    """No engine takes requests now: starting, restarting or draining."""
+    """No engine takes requests now: the first one loads, they die one after another, or the server is draining."""
 
 
 class EngineFailed(ServerError):

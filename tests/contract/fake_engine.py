@@ -76,7 +76,14 @@ class FakeEngine:
     @property
     def status(self) -> EngineStatus:
         stats = StepStats(self.num_steps, 0.001, 0, 1, len(self.live), 0, len(self.live), 64, 3, 100, 40)
-        return EngineStatus(self.state, self.generation, "as the test says", stats, len(self.live))
+        return EngineStatus(
+            self.state,
+            self.generation,
+            "as the test says",
+            stats,
+            len(self.live),
+            takes_requests=self.state is EngineState.READY,
+        )
 
     @property
     def limits(self) -> EngineLimits | None:

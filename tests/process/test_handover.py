@@ -193,19 +193,60 @@ async def test_a_row_that_fails_ends_alone_and_the_engine_lives() -> None:
         await until_idle(client)
 
 
-async def test_while_an_engine_is_replaced_new_requests_are_refused_and_old_ones_go_on() -> None:
+async def test_a_request_that_comes_while_an_engine_is_replaced_waits_for_the_next() -> None:
     async with running(scripted(step_seconds=0.002, load_seconds=0.5)) as client:
+        expected = await complete(client, request("alone", max_tokens=50))
         answer = Answer()
         task = asyncio.create_task(answer.fill(client, request("a", max_tokens=50)))
         await until(lambda: len(answer.token_ids) > 10)
         hurt(client, signal.SIGKILL)
         await until(lambda: client.status.state is EngineState.RESTARTING)
+        assert client.status.takes_requests and client.status.last_step is None
+        late = await complete(client, request("b", max_tokens=50))
+        await task
+        assert answer.token_ids == late.token_ids == expected.token_ids
+        await until_idle(client)
+
+
+async def test_one_that_is_aborted_while_it_waits_for_the_next_engine_is_never_sent() -> None:
+    async with running(scripted(step_seconds=0.002, load_seconds=0.5)) as client:
+        hurt(client, signal.SIGKILL)
+        await until(lambda: client.status.state is EngineState.RESTARTING)
+        task = asyncio.create_task(complete(client, request("gone", max_tokens=3000)))
+        await until(lambda: client.status.num_live_requests == 1)
+        task.cancel()
+        await until(lambda: client.status.num_live_requests == 0)
+        await until_ready(client)
+        assert client.status.last_step is None
+        await complete(client, request("b"))
+        await until_idle(client)
+
+
+async def test_a_request_that_no_frame_holds_is_refused_when_it_waited_too() -> None:
+    large = msgspec.structs.replace(request("large"), cache_salt="x" * (MAX_FRAME_BYTES + 1))
+    async with running(scripted(load_seconds=0.3)) as client:
+        hurt(client, signal.SIGKILL)
+        await until(lambda: client.status.state is EngineState.RESTARTING)
+        answer = await complete(client, large)
+        assert answer.finish_reason is FinishReason.ERROR and "too large to be sent" in str(answer.outputs[-1].error)
+        assert len((await complete(client, request("a"))).token_ids) == 20
+
+
+async def test_while_engines_die_in_a_row_new_requests_are_refused() -> None:
+    supervision = msgspec.structs.replace(IMPATIENT, backoff_seconds=3.0)
+    async with running(scripted(), supervision=supervision) as client:
+        for generation in (1, 2):
+            await until_ready(client)
+            assert client.status.generation == generation
+            hurt(client, signal.SIGKILL)
+            await until(lambda: client.status.state is EngineState.RESTARTING)
+        await until(lambda: not client.status.takes_requests)
         with pytest.raises(EngineUnavailable) as refused:
             await complete(client, request("b"))
         assert refused.value.retry_after is not None
-        assert client.status.last_step is None
-        await task
-        assert len(answer.token_ids) == 50
+        await until_ready(client)
+        assert client.status.takes_requests
+        await complete(client, request("c"))
 
 
 async def test_a_sequence_is_aborted_while_no_engine_is_there() -> None:
