@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
+    from app.api.connections import ConnectionRoom
     from app.client.local import LocalEngineClient
 
 logger = logging.getLogger("headwater.serve")
@@ -105,13 +106,15 @@ async def _check(settings: Settings, start: _Start) -> int:
 async def _serve(settings: Settings, start: _Start, listener: socket.socket) -> int:
     from app import main
     from app.api.app import create_app
+    from app.api.connections import ConnectionRoom, raise_descriptor_limit
 
     metrics = main.make_metrics(settings, start.folder)
     client = main.make_engine_client(settings, start.config, launch=start.launch, metrics=metrics, first=start.engine)
     context = main.make_context(
         settings, start.folder, metrics=metrics, engine=client, runs_engine=False, listens_on=settings.host
     )
-    server = _make_server(create_app(context, root_path=settings.root_path), settings)
+    room = ConnectionRoom(raise_descriptor_limit(), metrics=metrics)
+    server = _make_server(create_app(context, root_path=settings.root_path), settings, room=room)
 
     def describe(limits: EngineLimits) -> str:
         return banner(
@@ -198,10 +201,15 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _make_server(app: "FastAPI", settings: Settings) -> "uvicorn.Server":
+def _make_server(app: "FastAPI", settings: Settings, *, room: "ConnectionRoom") -> "uvicorn.Server":
     import uvicorn
 
     from app.api.protocol import BoundedHttpProtocol
+
+    class Protocol(BoundedHttpProtocol):
+        """With this server's room for connections."""
+
+    Protocol.room = room
 
     class Server(uvicorn.Server):
         """uvicorn without its signal handlers: signals drain first, and this module decides when to exit."""
@@ -212,7 +220,7 @@ def _make_server(app: "FastAPI", settings: Settings) -> "uvicorn.Server":
 
     config = uvicorn.Config(
         app,
-        http=BoundedHttpProtocol,
+        http=Protocol,
         lifespan="off",
         log_config=None,
         access_log=False,

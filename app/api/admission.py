@@ -87,6 +87,21 @@ class Place:
             self._admission.drain_sequence()
 
 
+class BodyRoom:
+    """What one body takes of the room for all. It grows with what arrives: what a header claims costs nobody."""
+
+    __slots__ = ("_admission", "num_bytes")
+
+    def __init__(self, admission: "Admission") -> None:
+        self._admission = admission
+        self.num_bytes = 0
+
+    def take(self, num_bytes: int) -> None:
+        """More of the body has come. Raises TooManyRequests."""
+        self._admission.take_bytes(num_bytes, is_first=self._admission.num_parsing_bytes == self.num_bytes)
+        self.num_bytes += num_bytes
+
+
 class Admission:
     """Counts what is in flight and refuses what would be too much."""
 
@@ -102,20 +117,25 @@ class Admission:
         self.num_parsing_bytes = 0
 
     @contextmanager
-    def enter(self, num_bytes: int) -> Iterator[None]:
-        """Hold room for a body of `num_bytes` while it is read and turned into tokens. Raises TooManyRequests."""
+    def enter(self) -> Iterator["BodyRoom"]:
+        """Room for a body while it is read and turned into tokens. Raises TooManyRequests."""
         if self.num_live_sequences >= self._limits.max_live_sequences:
             self._refuse_sequences(1)
-        if self.num_parsing_bytes > 0 and self.num_parsing_bytes + num_bytes > self._limits.max_parsing_bytes:
+        room = BodyRoom(self)
+        try:
+            yield room
+        finally:
+            self.num_parsing_bytes -= room.num_bytes
+
+    def take_bytes(self, num_bytes: int, *, is_first: bool) -> None:
+        """Room for bytes of a body that have arrived. Raises TooManyRequests; one body alone is always read."""
+        total = self.num_parsing_bytes + num_bytes
+        if total > self._limits.max_parsing_bytes and not is_first:
             self._metrics.count_rejection("max_parsing_bytes")
             raise TooManyRequests(
                 "Too many request bodies are being read. Try again shortly.", retry_after=_MIN_RETRY_AFTER
             )
-        self.num_parsing_bytes += num_bytes
-        try:
-            yield
-        finally:
-            self.num_parsing_bytes -= num_bytes
+        self.num_parsing_bytes = total
 
     def admit(self, num_prompt_tokens: list[int], *, max_model_len: int, num_param_ids: int = 0) -> list[Place]:
         """A place for each sequence, given the token counts of their prompts and of each one's parameters.

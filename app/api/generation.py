@@ -265,9 +265,10 @@ class GenerationRun(Response):
         context, record = self._context, RequestRecord.of(scope)
         context.ready_limits()
         with ExitStack() as parsing:
-            parsing.enter_context(context.admission.enter(check_headers(scope, context.limits)))
+            check_headers(scope, context.limits)
+            room = parsing.enter_context(context.admission.enter())
             try:
-                body = await read_body(receive, context.limits)
+                body = await read_body(receive, context.limits, room=room)
             except ClientDisconnected:
                 return
             serving = self._serve(body, record, send, parsing=parsing)

@@ -11,6 +11,7 @@ import secrets
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.errors import HeadTooLarge
 from app.api.record import RequestRecord
 from app.api.respond import ErrorResponse, is_messages_path
 from app.observability.metrics import Metrics
@@ -19,6 +20,7 @@ _SANE_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 _QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics", "/engine"})
 """Asked every few seconds by machines: logged at debug level."""
 _UNMATCHED = "unmatched"
+MAX_HEADERS = 128
 
 _requests = logging.getLogger("headwater.request")
 _api = logging.getLogger("headwater.api")
@@ -49,6 +51,13 @@ class RequestLayer:
             await send(message)
 
         try:
+            if len(scope["headers"]) > MAX_HEADERS:
+                record.error_code = "headers_too_large"
+                error = HeadTooLarge(
+                    f"The request has {len(scope['headers'])} headers; at most {MAX_HEADERS} are taken."
+                )
+                await ErrorResponse(error, scope)(scope, receive, send_with_id)
+                return
             await self._app(scope, receive, send_with_id)
         except Exception as error:
             _api.exception("A request failed unexpectedly.", extra={"facts": {"request_id": record.request_id}})

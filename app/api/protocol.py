@@ -10,18 +10,27 @@ and a closed connection is told to the request that runs, not to the last one pi
 
 import asyncio
 import socket
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from app.api.connections import ConnectionRoom
 from app.api.errors import HeadTimeout, HeadTooLarge, error_body, kind_of
+from app.api.record import RequestRecord
 from app.core.errors import ClientError
 
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_SECONDS = 30.0
 MESSAGE_SECONDS = 75.0
 """From the head to the end of the body: more than the routes give a body, so that theirs is the answer."""
+SEND_SECONDS = 30.0
+SEND_BYTES = 48 * 1024
+"""What a client takes at least in that time: what makes a stream go on, between the transport's two marks."""
+UNSENT_BYTES = 128 * 1024
+_TCP_NOTSENT_LOWAT = 25
+SLOW_READER = "slow_reader"
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -30,6 +39,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     max_head_bytes = MAX_HEAD_BYTES
     head_seconds = HEAD_SECONDS
     message_seconds = MESSAGE_SECONDS
+    send_seconds = SEND_SECONDS
+    room: ConnectionRoom | None = None
+    """Of all connections of the server; None: they are not counted."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -40,6 +52,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """The bytes being parsed hold nothing of a body and no message's end."""
         self._deadline: asyncio.TimerHandle | None = None
         self._running: RequestResponseCycle | None = None
+        self._send_deadline: asyncio.TimerHandle | None = None
+        self._unread_bytes = 0
+        """Of the answer, when the deadline was set."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         """A client connected: its first head is due."""
@@ -47,11 +62,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with suppress(OSError):  # not every kernel has it
+                sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._arm(self.head_seconds)
+        if self.room is not None:
+            self.room.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed: the running request must know, the pipelined ones never start."""
         self._disarm()
+        self._stop_watching_reader()
+        if self.room is not None:
+            self.room.closed(self)
         self.pipeline.clear()
         running = self._running
         if running is not None and not running.response_complete:
@@ -95,9 +117,60 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._disarm()
         super().on_message_complete()
 
+    def pause_writing(self) -> None:
+        """The client reads more slowly than the answer comes."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        """It has read most of what waited."""
+        super().resume_writing()
+        self._stop_watching_reader()
+
+    def on_response_complete(self) -> None:
+        """The answer is written, though perhaps not read."""
+        super().on_response_complete()
+        if self.room is not None and not self.pipeline and not self.transport.is_closing():
+            self.room.idle(self)
+        if self._send_deadline is None and self.transport.get_write_buffer_size():
+            self._watch_reader()
+
+    def close_now(self) -> None:
+        """Close, whatever is not sent yet."""
+        self.transport.abort()
+
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        if self.room is not None:
+            self.room.busy(self)
         super()._start_asgi_task(cycle, app)
+
+    def _watch_reader(self) -> None:
+        self._unread_bytes = self.transport.get_write_buffer_size()
+        self._send_deadline = self.loop.call_later(self.send_seconds, self._judge_reader)
+
+    def _stop_watching_reader(self) -> None:
+        if self._send_deadline is not None:
+            self._send_deadline.cancel()
+            self._send_deadline = None
+
+    def _judge_reader(self) -> None:
+        """Cut a client that took too little; the request that it belongs to sees a closed connection."""
+        self._send_deadline = None
+        unread = self.transport.get_write_buffer_size()
+        if not unread:
+            return
+        if self._unread_bytes - unread >= SEND_BYTES:
+            self._watch_reader()
+            return
+        request_id = None
+        if self._running is not None and (record := RequestRecord.find(self._running.scope)) is not None:
+            request_id = record.request_id
+            if not self._running.response_complete:
+                record.error_code = SLOW_READER
+        if self.room is not None:
+            self.room.note_cut(SLOW_READER, request_id=request_id, unread_bytes=unread)
+        self.close_now()
 
     def _arm(self, seconds: float) -> None:
         self._disarm()
@@ -115,6 +188,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._arm(seconds)
             return
         what = "headers" if self._awaits_head else "end"
+        if self.room is not None:
+            self.room.note_cut("slow_sender")
         self._refuse(HeadTimeout(f"The request's {what} did not arrive within {seconds:g} s."))
 
     def _refuse(self, error: ClientError) -> None:

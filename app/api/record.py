@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 
 from starlette.types import Scope
 
@@ -37,6 +38,12 @@ class RequestRecord:
         record = scope[_SCOPE_KEY]
         assert isinstance(record, RequestRecord)
         return record
+
+    @staticmethod
+    def find(scope: Mapping[str, object]) -> "RequestRecord | None":
+        """The same, or None where the request has not got as far."""
+        record = scope.get(_SCOPE_KEY)
+        return record if isinstance(record, RequestRecord) else None
 
     @property
     def tenant(self) -> str:

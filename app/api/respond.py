@@ -6,7 +6,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from app.api.errors import BodyTimeout, error_body, error_headers, kind_of, messages_error_body
+from app.api.errors import BodyTimeout, HeadTooLarge, error_body, error_headers, kind_of, messages_error_body
 from app.api.record import RequestRecord
 from app.core.errors import BodyTooLarge
 
@@ -38,7 +38,7 @@ class ErrorResponse(Response):
         )
         super().__init__(msgspec.json.encode(body), status_code=kind_of(error).status)
         self.raw_headers += error_headers(error)
-        self._leaves_body = isinstance(error, BodyTooLarge | BodyTimeout)
+        self._leaves_body = isinstance(error, BodyTooLarge | BodyTimeout | HeadTooLarge)
         if self._leaves_body:
             self.raw_headers.append((b"connection", b"close"))
 

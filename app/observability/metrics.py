@@ -105,6 +105,10 @@ class Metrics:
         """Admission control refused a request; `reason` is the limit that it hit."""
         self._rejections.labels(model_name=self._labels["model_name"], reason=reason).inc()
 
+    def count_cut(self, reason: str) -> None:
+        """A connection was closed for what its client does: slow_reader, slow_sender, or no_room for it."""
+        self._cuts.labels(model_name=self._labels["model_name"], reason=reason).inc()
+
     def count_hand_over(self, *, is_exact: bool) -> None:
         """A sequence went on after its engine was replaced, with the very same tokens or perhaps not."""
         self._hand_overs["exact" if is_exact else "approximate"].inc()
@@ -174,6 +178,12 @@ class Metrics:
         self._rejections = Counter(
             self.name("admission_rejections"),
             "Requests refused because a limit was reached.",
+            ["model_name", "reason"],
+            registry=self.registry,
+        )
+        self._cuts = Counter(
+            self.name("connections_cut"),
+            "Connections closed for what their clients do: read or send too slowly, or are too many.",
             ["model_name", "reason"],
             registry=self.registry,
         )

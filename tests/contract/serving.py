@@ -16,6 +16,7 @@ import uvicorn
 
 from app.api.admission import Admission, AdmissionLimits
 from app.api.app import create_app
+from app.api.connections import ConnectionRoom
 from app.api.deps import ApiLimits, OpenAIDefaults, SamplingDefaults, ServerContext
 from app.api.keys import KeyRing
 from app.api.protocol import BoundedHttpProtocol
@@ -154,12 +155,18 @@ def make_context(
 
 
 @contextmanager
-def running(context: ServerContext, *, protocol: type[BoundedHttpProtocol] = BoundedHttpProtocol) -> Iterator[int]:
+def running(
+    context: ServerContext, *, protocol: type[BoundedHttpProtocol] = BoundedHttpProtocol, most: int = 1000
+) -> Iterator[int]:
     """Serve `context` with uvicorn in a thread; the port. The thread ends with the block."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+
+    class Protocol(protocol):  # type: ignore[misc,valid-type]  # a base that mypy cannot follow
+        room = ConnectionRoom(most, metrics=context.metrics)
+
     config = uvicorn.Config(
         create_app(context),
-        http=protocol,
+        http=Protocol,
         log_config=None,
         access_log=False,
         lifespan="on",
@@ -184,15 +191,16 @@ def fake_server(
     text: str = TEXT,
     max_model_len: int = 256,
     protocol: type[BoundedHttpProtocol] = BoundedHttpProtocol,
+    most: int = 1000,
     **options: Any,
 ) -> Iterator[FakeServer]:
-    """A server around a `FakeEngine` that says `text`; `options` go to `make_context`."""
+    """A server around a `FakeEngine` that says `text`, for `most` connections; `options` go to `make_context`."""
     tokenizer = byte_level()
     script = tuple(tokenizer.encode_now(text, False))
     limits = fake_limits(vocab_size=tokenizer.vocab_size, max_model_len=max_model_len)
     engine = FakeEngine(script, limits)
     context = make_context(engine, tokenizer=tokenizer, **options)
-    with running(context, protocol=protocol) as port:
+    with running(context, protocol=protocol, most=most) as port:
         server = FakeServer(port, context, engine=engine)
         try:
             yield server

@@ -36,19 +36,30 @@ def test_places_are_given_back_once() -> None:
 def test_the_door_is_shut_before_the_body_is_read_while_the_server_is_full() -> None:
     admission = make(max_live_sequences=1)
     (place,) = admission.admit([1], max_model_len=100)
-    with pytest.raises(TooManyRequests), admission.enter(10):
+    with pytest.raises(TooManyRequests), admission.enter():
         pass
     place.leave()
-    with admission.enter(10):
+    with admission.enter() as room:
+        room.take(4)
+        room.take(6)
         assert admission.num_parsing_bytes == 10
     assert admission.num_parsing_bytes == 0
 
 
 def test_bodies_together_are_bounded_but_one_is_always_read() -> None:
     admission = make(max_parsing_bytes=10)
-    with admission.enter(50), pytest.raises(TooManyRequests), admission.enter(1):
-        pass
+    with admission.enter() as first, admission.enter() as second:
+        first.take(50)
+        with pytest.raises(TooManyRequests):
+            second.take(1)
+        first.take(1)
     assert admission.num_parsing_bytes == 0
+
+
+def test_a_body_that_does_not_come_takes_no_room() -> None:
+    admission = make(max_parsing_bytes=10)
+    with admission.enter(), admission.enter(), admission.enter() as third:
+        third.take(10)
 
 
 def test_waiting_tokens_are_bounded_by_the_context_where_nothing_else_is_said() -> None:

@@ -25,8 +25,9 @@ def routes(context: ServerContext) -> APIRouter:
     )
     async def create_embedding(request: Request) -> Response:
         """Always refused: the served model writes text and is no embedding model."""
-        with context.admission.enter(check_headers(request.scope, context.limits)):
-            decode_keys(await read_body(request.receive, context.limits))
+        check_headers(request.scope, context.limits)
+        with context.admission.enter() as room:
+            decode_keys(await read_body(request.receive, context.limits, room=room))
         raise InvalidRequest(
             f"The served model {context.model_names[0]} writes text; it is no embedding model. "
             "Send this request to a server of one.",

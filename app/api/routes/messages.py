@@ -46,8 +46,9 @@ def routes(context: ServerContext) -> APIRouter:
     )
     async def count_message_tokens(request: Request) -> Response:
         """How many tokens the prompt of such a conversation has."""
-        with context.admission.enter(check_headers(request.scope, context.limits)):
-            return await _count(await read_body(request.receive, context.limits), context)
+        check_headers(request.scope, context.limits)
+        with context.admission.enter() as room:
+            return await _count(await read_body(request.receive, context.limits, room=room), context)
 
     return router
 

@@ -8,6 +8,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
+from app.api.admission import BodyRoom
 from app.api.body import check_headers, read_body
 from app.api.chat_prompt import check_kwargs, render, require_template
 from app.api.deps import ServerContext
@@ -46,8 +47,9 @@ def routes(context: ServerContext) -> APIRouter:
     )
     async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of the prompt that messages make."""
-        with context.admission.enter(check_headers(request.scope, context.limits)):
-            body, fields = await _read(request, context, TokenizeRequest)
+        check_headers(request.scope, context.limits)
+        with context.admission.enter() as room:
+            body, fields = await _read(request, context, TokenizeRequest, room=room)
             return JsonResponse(await _tokenize(body, fields, context))
 
     @router.post(
@@ -58,8 +60,9 @@ def routes(context: ServerContext) -> APIRouter:
     )
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        with context.admission.enter(check_headers(request.scope, context.limits)):
-            body, _ = await _read(request, context, DetokenizeRequest)
+        check_headers(request.scope, context.limits)
+        with context.admission.enter() as room:
+            body, _ = await _read(request, context, DetokenizeRequest, room=room)
             return JsonResponse(await _detokenize(body, context))
 
     @router.get("/tokenizer_info", responses=json_reply(TokenizerInfo), response_class=Response)
@@ -70,8 +73,10 @@ def routes(context: ServerContext) -> APIRouter:
     return router
 
 
-async def _read(request: Request, context: ServerContext, kind: type[Body]) -> tuple[Body, dict[str, msgspec.Raw]]:
-    body = await read_body(request.receive, context.limits)
+async def _read(
+    request: Request, context: ServerContext, kind: type[Body], *, room: BodyRoom
+) -> tuple[Body, dict[str, msgspec.Raw]]:
+    body = await read_body(request.receive, context.limits, room=room)
     fields = decode_keys(body)
     return decode_struct(body, kind, fields=fields), fields
 
