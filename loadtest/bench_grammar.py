@@ -43,7 +43,7 @@ class Batch:
 
     def __init__(self, engine: Engine, *, num_grammars: int, temperature: float, max_tokens: int) -> None:
         self._engine = engine
-        self._grammars = engine.grammars(lambda: None)
+        self._grammars = engine.grammars(wake=lambda: None, note_preparing=lambda _: None)
         for index in range(NUM_ROWS):
             self._add(_request(index, is_plain=index >= num_grammars, temperature=temperature, max_tokens=max_tokens))
         self._wait_prepared(num_grammars)

@@ -20,7 +20,9 @@ import msgspec
 import app.engine.__main__ as engine_main
 from app.core.config import EngineConfig
 from app.core.plan import PlanEntry, StepPlan, StepResult
+from app.core.types import EngineRequest
 from app.engine.build import Engine, build_engine
+from app.grammar.constraints import _Preparer as Preparer
 from app.ipc.messages import Abort, FromEngine, ToEngine
 from app.ipc.transport import EngineEnd, encode_frame
 from app.runner.base import Forward, ModelRunner, RunnerInfo
@@ -39,7 +41,8 @@ Kind = Literal[
     "frame_doubled",
     "frame_corrupt",
 ]
-Phase = Literal["start", "idle", "prefill", "chunked_prefill", "decode", "last_token", "abort"]
+Phase = Literal["start", "idle", "prepare", "prefill", "chunked_prefill", "decode", "last_token", "abort"]
+"""`prepare`: while a thread of its own compiles a grammar."""
 FRAMES = ("frame_lost", "frame_doubled", "frame_corrupt")
 STDERR_VARIABLE = "LOADTEST_ENGINE_STDERR"
 
@@ -224,6 +227,16 @@ def _wrap(control: Control) -> None:
     replaced: dict[str, Callable[..., object]] = {"build_engine": build, "EngineEnd": end}
     for name, value in replaced.items():
         setattr(engine_main, name, value)
+    prepare_soundly = Preparer._run
+
+    def prepare(preparer: Preparer, request: EngineRequest, tell: Callable[[Any], None]) -> None:
+        fault = control.armed("prepare")
+        if fault is not None and fault.target in (-1, request.prompt_token_ids[-1]):
+            preparer._note(request.request_id)
+            control.strike(fault)
+        prepare_soundly(preparer, request, tell)
+
+    Preparer._run = prepare  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What goes to the next engine in which parts, and who is blamed for the death of the last one. Pure.
 
-Blame is proved, not counted. A death that came from inside puts every sequence of the step that did not end on
-probation: the next engine computes each of them in steps of its own until it has brought a token
-(`app.scheduler.probation`), so that whoever ends that engine too stands on the progress page alone. A death that
-came from outside (somebody's kill -9 or SIGSTOP) blames nobody.
+Blame is proved, not counted. A death that came from inside puts every sequence that was being computed on
+probation: the step's, and the one whose grammar was prepared beside it. The next engine computes each of them in
+steps of its own until it has brought a token (`app.scheduler.probation`), and prepares its grammar while nothing
+else is done, so that whoever ends that engine too stands on the progress page alone. A death that came from outside
+(somebody's kill -9 or SIGSTOP) blames nobody.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,20 +32,25 @@ class Blame(msgspec.Struct, frozen=True):
         return len(self.suspects) == 1 and self.convicted is None
 
 
-def blame(live: Iterable[LiveSequence], keys_in_step: Sequence[int], *, is_self_inflicted: bool) -> Blame:
-    """Put those in the step that did not end on probation, or convict the one that was tried in it.
+def blame(live: Iterable[LiveSequence], keys_at_work: Sequence[int], *, is_self_inflicted: bool) -> Blame:
+    """Put those that were being computed on probation, or convict the one that was tried alone.
 
-    `keys_in_step` are those of the progress page, none where no step ran.
+    `keys_at_work` are those of the progress page, each once; none where nothing was computed.
     """
     if not is_self_inflicted:
         return Blame()
-    keys = frozenset(keys_in_step)
-    in_step = tuple(sequence for sequence in live if sequence.key in keys)
-    if len(keys_in_step) == 1 and in_step and in_step[0].is_on_probation:
-        return Blame(convicted=in_step[0])
-    for sequence in in_step:
+    keys = frozenset(keys_at_work)
+    suspects = tuple(sequence for sequence in live if sequence.key in keys)
+    if len(keys_at_work) == 1 and suspects and suspects[0].is_on_probation:
+        return Blame(convicted=suspects[0])
+    for sequence in suspects:
         sequence.is_on_probation = True
-    return Blame(in_step)
+    return Blame(suspects)
+
+
+def suspects_first(live: Iterable[LiveSequence]) -> list[LiveSequence]:
+    """In the order in which a new engine gets them: it tries suspects before it begins anything else."""
+    return sorted(live, key=lambda sequence: not sequence.is_on_probation)
 
 
 def in_parts(

@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 import msgspec
 
 from app.client.engine_client import EngineState, EngineStatus
-from app.client.handover import blame, in_parts
+from app.client.handover import blame, in_parts, suspects_first
 from app.client.journal import Journal, LiveSequence
 from app.client.process import EngineLaunch, EngineProcess
 from app.client.quarantine import Quarantine
@@ -313,7 +313,7 @@ class LocalEngineClient:
         self._state = EngineState.READY
         self._awaits_ready = True
         self._detail = f"generation {ready.generation} is ready"
-        self._send_all(self._journal)
+        self._send_all(suspects_first(self._journal))
         self._note_departures()
         logger.info(
             "engine ready",

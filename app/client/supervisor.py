@@ -15,7 +15,6 @@ from app.client.settings import Supervision
 from app.client.stall import StallWatch
 from app.client.starvation import RunQueueWait
 from app.ipc.messages import Fatal, FromEngine, Ready, StepOutputs, ToEngine
-from app.ipc.progress import EnginePhase
 from app.ipc.transport import ApiEnd, FrameError
 
 logger = logging.getLogger("headwater.client")
@@ -114,7 +113,7 @@ class EngineLife:
 
     @property
     def keys_at_death(self) -> tuple[int, ...]:
-        """Keys of the sequences in the step that the engine died in; known after `end`."""
+        """Keys of the sequences that the engine was computing when it died; known after `end`."""
         return self._keys_at_death
 
     async def end(self) -> None:
@@ -134,8 +133,8 @@ class EngineLife:
         if not self._is_closed:
             self._is_closed = True
             progress = self._process.progress.read()
-            if progress is not None and progress.phase is EnginePhase.STEPPING:
-                self._keys_at_death = progress.request_keys
+            if progress is not None:
+                self._keys_at_death = progress.keys_at_work
             self._process.close()
 
     def _check(self, message: FromEngine) -> None:

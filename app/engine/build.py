@@ -24,10 +24,16 @@ class Engine(msgspec.Struct, frozen=True):
     limits: EngineLimits
     model_dir: Path
 
-    def grammars(self, wake: Callable[[], None]) -> Constraints:
-        """The grammars of its sequences; `wake` ends the loop's wait, from any thread."""
+    def grammars(self, *, wake: Callable[[], None], note_preparing: Callable[[str | None], None]) -> Constraints:
+        """The grammars of its sequences; see `Constraints` for what is called from another thread."""
         limits = self.limits
-        return Constraints(self.model_dir, vocab_size=limits.vocab_size, eos_token_ids=limits.eos_token_ids, wake=wake)
+        return Constraints(
+            self.model_dir,
+            vocab_size=limits.vocab_size,
+            eos_token_ids=limits.eos_token_ids,
+            wake=wake,
+            note_preparing=note_preparing,
+        )
 
 
 def build_engine(config: EngineConfig) -> Engine:

@@ -30,7 +30,7 @@ class EngineLoop:
     def __init__(self, engine: Engine, *, generation: int, channel: EngineEnd, progress: ProgressWriter) -> None:
         self._runner = engine.runner
         self._scheduler = engine.scheduler
-        self._grammars = engine.grammars(channel.wake)
+        self._grammars = engine.grammars(wake=channel.wake, note_preparing=self._note_preparing)
         self._num_kv_blocks = engine.limits.num_kv_blocks
         self._generation = generation
         self._channel = channel
@@ -114,10 +114,19 @@ class EngineLoop:
         return ended
 
     def _begin_grammar(self, request: EngineRequest) -> None:
-        if request.params.grammar is not None:
-            # Said first: the thread that prepares it may take the interpreter's lock at once.
-            self._progress.set_phase(EnginePhase.PREPARING)
+        if request.params.grammar is None:
+            return
+        if request.is_on_probation:  # tried alone, as its steps will be
+            self._progress.begin_step(self._last_step_id, num_tokens=0, request_keys=[request_key(request.request_id)])
+            self._grammars.begin(request, wait=True)
+        # Said first: the thread that prepares it may take the interpreter's lock at once.
+        self._progress.set_phase(EnginePhase.PREPARING)
+        if not request.is_on_probation:
             self._grammars.begin(request)
+
+    def _note_preparing(self, request_id: str | None) -> None:
+        """Called in the thread that prepares grammars."""
+        self._progress.note_preparing(None if request_id is None else request_key(request_id))
 
     def _take_prepared(self) -> list[EngineOutput]:
         """Let sequences go whose grammar is ready; returns the ends of those whose grammar failed."""

@@ -7,11 +7,14 @@ remembered.
 """
 
 import asyncio
+import contextlib
+import signal
 import subprocess
 import sys
 import weakref
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from threading import Timer
 from typing import IO
 
 import msgspec
@@ -21,14 +24,18 @@ from app.grammar.child import CPU_SECONDS, Verdict, read_frame, write_frame
 from app.grammar.errors import GrammarError
 
 _REMEMBERED = 256
+_WALL_SECONDS = 10.0
+"""For one grammar, with the start of the child: far more than its computing takes on a busy machine."""
 _TOO_HARD = f"it takes more than {CPU_SECONDS:g} s of computing to compile"
+_DEADLY = "the compiler of grammars does not survive it"
 
 
 class GrammarChecker:
     """Belongs to the event loop's thread. Its thread and its process start with the first grammar."""
 
-    def __init__(self) -> None:
-        self._process = _CheckProcess()
+    def __init__(self, *, wall_seconds: float = _WALL_SECONDS) -> None:
+        """`wall_seconds` bounds the wait for one grammar, whatever holds its process up."""
+        self._process = _CheckProcess(wall_seconds)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="check-grammar")
         self._passed: OrderedDict[Grammar, Grammar] = OrderedDict()
         weakref.finalize(self, self._process.close)
@@ -50,21 +57,23 @@ class GrammarChecker:
 class _CheckProcess:
     """The child and its pipes. One thread calls `check`."""
 
-    def __init__(self) -> None:
+    def __init__(self, wall_seconds: float) -> None:
+        self._wall_seconds = wall_seconds
         self._child: subprocess.Popen[bytes] | None = None
 
     def check(self, grammar: Grammar) -> Verdict:
-        """Ask the child, which answers or dies within its limits."""
-        child = self._child = self._child or _spawn()
-        try:
-            write_frame(_pipe(child.stdin), msgspec.msgpack.encode(grammar))
-            answer = read_frame(_pipe(child.stdout))
-        except BrokenPipeError:
-            answer = None
-        if answer is None:
+        """Ask the child, which answers or dies within its limits; a second one where it died of anything else."""
+        for _ in range(2):
+            child = self._child = self._child or _spawn()
+            answer = _ask(child, grammar, seconds=self._wall_seconds)
+            if answer is not None:
+                return answer
             self.close()
-            return Verdict(error=_TOO_HARD)
-        return msgspec.msgpack.decode(answer, type=Verdict)
+            if child.returncode == -signal.SIGPROF:
+                return Verdict(error=_TOO_HARD)
+        if child.returncode == -signal.SIGKILL:
+            return Verdict(error=f"it was not compiled within {self._wall_seconds:g} s")
+        return Verdict(error=_DEADLY)
 
     def close(self) -> None:
         """End the child."""
@@ -74,6 +83,24 @@ class _CheckProcess:
             child.wait()
             _pipe(child.stdin).close()
             _pipe(child.stdout).close()
+
+
+def _ask(child: "subprocess.Popen[bytes]", grammar: Grammar, *, seconds: float) -> Verdict | None:
+    """What the child says; None where it is gone, or is killed since it says nothing for so long."""
+    watch = Timer(seconds, child.kill)
+    watch.start()
+    try:
+        write_frame(_pipe(child.stdin), msgspec.msgpack.encode(grammar))
+        answer = read_frame(_pipe(child.stdout))
+    except BrokenPipeError:
+        answer = None
+    finally:
+        watch.cancel()
+    if answer is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its pipe closed: it is ending, in its own way
+            child.wait(timeout=1.0)
+        return None
+    return msgspec.msgpack.decode(answer, type=Verdict)
 
 
 def _spawn() -> "subprocess.Popen[bytes]":

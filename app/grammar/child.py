@@ -1,10 +1,12 @@
 """The process that tries grammars: `python -m app.grammar.child`, started by `app.grammar.check`.
 
 It reads a grammar, compiles it, walks a few bytes into its language and writes its verdict, until its input
-closes. The kernel kills it where one grammar takes more than CPU_SECONDS of computing or too much memory.
+closes. The kernel kills it by SIGPROF where one grammar takes more than CPU_SECONDS of computing; where it takes too
+much memory, it ends in whatever way the library takes that.
 """
 
 import contextlib
+import importlib
 import resource
 import signal
 import struct
@@ -91,6 +93,7 @@ def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    importlib.import_module("app.grammar.compiler")  # on nobody's time
     with contextlib.suppress(BrokenPipeError):
         while (frame := read_frame(sys.stdin.buffer)) is not None:
             grammar = msgspec.msgpack.decode(frame, type=Grammar)

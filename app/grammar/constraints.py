@@ -11,7 +11,7 @@ grammar and its output tokens alone; a failure in it ends that sequence and no o
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,11 +44,13 @@ class Prepared(msgspec.Struct, frozen=True):
 class _Sequence:
     """What is known of one constrained sequence."""
 
-    __slots__ = ("request", "row", "state")
+    __slots__ = ("job", "request", "row", "state")
 
     def __init__(self, request: EngineRequest) -> None:
         self.request = request
         self.row = -1
+        self.job: Future[None] | None = None
+        """Prepares it."""
         self.state: MatchState | None = None
         """None while it is prepared."""
 
@@ -63,10 +65,15 @@ class Constraints:
         vocab_size: int,
         eos_token_ids: Sequence[int],
         wake: Callable[[], None],
+        note_preparing: Callable[[str | None], None],
         preparation_seconds: float = PREPARATION_SECONDS,
     ) -> None:
-        """`wake` is called, from another thread, when `take_prepared` has something to tell."""
-        self._new_preparer = partial(_Preparer, model_dir, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+        """Both are called from another thread: `wake` when `take_prepared` has something to tell,
+        `note_preparing` with the request id before a grammar is prepared and with None after it.
+        """
+        self._new_preparer = partial(
+            _Preparer, model_dir, vocab_size=vocab_size, eos_token_ids=eos_token_ids, note=note_preparing
+        )
         self._preparer = self._new_preparer()
         self._preparation_seconds = preparation_seconds
         self._prepared_at = 0.0
@@ -82,14 +89,19 @@ class Constraints:
         """Some grammar is not ready yet."""
         return any(sequence.state is None for sequence in self._sequences.values())
 
-    def begin(self, request: EngineRequest) -> None:
-        """Compile the request's grammar and follow its output so far, in another thread; nothing without a grammar."""
+    def begin(self, request: EngineRequest, *, wait: bool = False) -> None:
+        """Compile the request's grammar and follow its output so far, in another thread; nothing without a grammar.
+
+        `wait`: return when that is done.
+        """
         if request.params.grammar is None:
             return
         if not self.is_preparing:
             self._prepared_at = time.monotonic()
         sequence = self._sequences[request.request_id] = _Sequence(request)
-        self._preparer.submit(request, lambda outcome: self._finish(sequence, outcome))
+        sequence.job = self._preparer.submit(request, lambda outcome: self._finish(sequence, outcome))
+        if wait:
+            sequence.job.result()
 
     def take_prepared(self) -> list[Prepared]:
         """Those that became ready, or failed, since the last call; the failed ones are forgotten."""
@@ -114,7 +126,11 @@ class Constraints:
             return
         for request_id in request_ids:
             sequence = self._sequences.pop(request_id, None)
-            if sequence is not None and self._by_row.get(sequence.row) is sequence:
+            if sequence is None:
+                continue
+            if sequence.job is not None:
+                sequence.job.cancel()  # where it has not begun, nobody needs it any more
+            if self._by_row.get(sequence.row) is sequence:
                 del self._by_row[sequence.row]
 
     def masks(self, plan: StepPlan) -> "Mapping[int, NDArray[np.int32]] | None":
@@ -183,28 +199,37 @@ class Constraints:
 class _Preparer:
     """The thread that compiles. What it needs is loaded there, with the first grammar."""
 
-    def __init__(self, model_dir: Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, model_dir: Path, *, vocab_size: int, eos_token_ids: Sequence[int], note: Callable[[str | None], None]
+    ) -> None:
         self._model_dir = model_dir
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
+        self._note = note
+        self._is_abandoned = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile-grammar")
         self._matchers: Matchers | None = None
 
-    def submit(self, request: EngineRequest, tell: "Callable[[MatchState | str], None]") -> None:
+    def submit(self, request: EngineRequest, tell: "Callable[[MatchState | str], None]") -> "Future[None]":
         """Prepare a state and tell it, or the error, from the thread."""
-        self._thread.submit(self._run, request, tell)
+        return self._thread.submit(self._run, request, tell)
 
     def abandon(self) -> None:
         """Begin no other preparation; the one under way is left to itself."""
+        self._is_abandoned = True
+        self._note(None)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, request: EngineRequest, tell: "Callable[[MatchState | str], None]") -> None:
+        self._note(request.request_id)
         try:
             outcome: MatchState | str = self._load().prepare(request)
         except GrammarError as error:
             outcome = f"the grammar cannot be served: {error}"
         except BaseException as error:  # a panic of the library is no Exception
             outcome = f"the grammar could not be compiled: {type(error).__name__}"
+        if not self._is_abandoned:  # another thread prepares now, and notes that
+            self._note(None)
         tell(outcome)
 
     def _load(self) -> "Matchers":

@@ -6,7 +6,8 @@ thread at a time: to the one that prepares it, then to the step thread.
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +47,20 @@ class MatchState:
     def accept(self, token_ids: Sequence[int]) -> None:
         """Go on by drawn tokens; afterwards `is_end`, `error`, or a mask to compute."""
         self.mask = None
-        for token_id in token_ids:
-            if not self.matcher.consume_token(token_id):
-                self.note_failure()
-                return
-        self.is_end = self.matcher.is_stopped()
+        with self.failing_alone():
+            for token_id in token_ids:
+                if not self.matcher.consume_token(token_id):
+                    self.note_failure()
+                    return
+            self.is_end = self.matcher.is_stopped()
+
+    @contextmanager
+    def failing_alone(self) -> Iterator[None]:
+        """What the library raises inside ends this sequence and no other; its panics are no Exceptions."""
+        try:
+            yield
+        except BaseException as error:
+            self.error = f"the output cannot go on: the grammar's matcher failed ({type(error).__name__})"
 
     def note_failure(self) -> bool:
         """Whether the matcher has given up; `error` says why."""
@@ -79,7 +89,7 @@ class MaskMaker:
         others = masks & ~ends
         has_others = np.bitwise_or.reduce(others, axis=1).tolist()
         for index, state in enumerate(states):
-            if not state.note_failure():
+            if state.error is None and not state.note_failure():
                 state.is_end = not has_others[index]
                 state.mask = others[index] if state.drops_ends else masks[index]
 
@@ -87,10 +97,12 @@ class MaskMaker:
         start, size = masks.ctypes.data, masks.strides[0]
         if self._executor is not None:
             matchers = [(state.matcher, index) for index, state in enumerate(states)]
-            self._executor.unsafe_compute_mask_ptr(matchers, start, size, len(states))
-            return
+            with suppress(BaseException):  # one of them failed: find out which, below
+                self._executor.unsafe_compute_mask_ptr(matchers, start, size, len(states))
+                return
         for index, state in enumerate(states):
-            state.matcher.unsafe_compute_mask_ptr(start + index * size, size)
+            with state.failing_alone():
+                state.matcher.unsafe_compute_mask_ptr(start + index * size, size)
 
 
 class Matchers:

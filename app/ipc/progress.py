@@ -7,9 +7,11 @@ answer any more, even after its death. The page is an array of 64-bit words:
     1 checksum       sum of the words from 2 on that are in use, modulo 2^64
     2 generation     3 state          4 step id        5 monotonic ns of the last write
     6 tokens         7 requests       8.. request keys
+    last             key of the request whose grammar is being prepared, 0 for none
 
 Words 6 and up describe the running step. A request key is 64 bits of a hash of its id, as long as there
-is room for them; word 7 counts all. The clock is CLOCK_MONOTONIC, the same in both processes.
+is room for them; word 7 counts all. The clock is CLOCK_MONOTONIC, the same in both processes. The last word
+stands by itself: the thread that prepares grammars writes it whenever it likes, in one store.
 
 Readers take a copy and accept it where its version is even and its checksum fits: a torn copy is not
 believed, also on processors that reorder stores.
@@ -26,7 +28,8 @@ import msgspec
 
 PAGE_BYTES = 16 * 1024
 _HEADER_WORDS = 8
-MAX_REQUEST_KEYS = PAGE_BYTES // 8 - _HEADER_WORDS
+_PREPARING_WORD = PAGE_BYTES // 8 - 1
+MAX_REQUEST_KEYS = _PREPARING_WORD - _HEADER_WORDS
 _MASK = (1 << 64) - 1
 _READ_ATTEMPTS = 64
 
@@ -57,6 +60,16 @@ class Progress(msgspec.Struct, frozen=True):
     num_requests: int
     request_keys: tuple[int, ...]
     """Keys of the requests in the running step, the first MAX_REQUEST_KEYS of them."""
+    preparing_key: int | None = None
+    """Of the request whose grammar is being prepared, beside the step."""
+
+    @property
+    def keys_at_work(self) -> tuple[int, ...]:
+        """Of the requests that are computed at this moment, in the step or beside it, each once."""
+        keys = self.request_keys if self.phase is EnginePhase.STEPPING else ()
+        if self.preparing_key is None or self.preparing_key in keys:
+            return keys
+        return (*keys, self.preparing_key)
 
 
 def request_key(request_id: str) -> int:
@@ -91,6 +104,10 @@ class ProgressWriter:
         self._step_id = step_id
         header = (self._generation, EnginePhase.STEPPING, step_id, time.monotonic_ns(), num_tokens, len(request_keys))
         self._write((*header, *request_keys[:MAX_REQUEST_KEYS]))
+
+    def note_preparing(self, request_key: int | None) -> None:
+        """The grammar of this request is prepared from now on, None: no grammar is. Any one thread may say so."""
+        self._words[_PREPARING_WORD] = request_key or 0
 
     def _write(self, values: tuple[int, ...]) -> None:
         words = self._words
@@ -133,4 +150,5 @@ def _parse(words: memoryview) -> Progress | None:
         num_tokens=num_tokens,
         num_requests=num_requests,
         request_keys=tuple(words[_HEADER_WORDS:end]),
+        preparing_key=words[_PREPARING_WORD] or None,
     )

@@ -24,7 +24,11 @@ async def run_poison(ledger: Ledger, *, kind: Kind, phase: Phase, num_others: in
         others = [Stream(body, name) for name, body, _ in oracle]
         tasks = [asyncio.create_task(run_stream(server.port, stream)) for stream in others]
         await until(lambda: all(stream.last_at for stream in others))
-        poison = Stream({"prompt": [5, 6, TARGET], "max_tokens": 30, "stream": True, "ignore_eos": True}, "poison")
+        body: dict[str, object] = {"prompt": [5, 6, TARGET], "max_tokens": 30, "stream": True}
+        more: dict[str, object] = {"ignore_eos": True}
+        if phase == "prepare":
+            more = {"structured_outputs": {"regex": "[a-z ]+"}}
+        poison = Stream(body | more, "poison")
         await run_stream(server.port, poison)
         await asyncio.gather(*tasks)
         num_deaths = server.generation - 1

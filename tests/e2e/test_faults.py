@@ -15,6 +15,7 @@ from loadtest.faults.poison import run_poison
 from loadtest.faults.report import bound, render
 from loadtest.faults.server import scripted_settings
 from loadtest.faults.streams import scripted_bodies
+from loadtest.faulty_engine import Kind, Phase
 from tests.store_models import default_model_folder
 
 SHORT = {
@@ -63,8 +64,9 @@ async def test_kills_under_streams_of_all_kinds(ledger: Ledger) -> None:
     assert outcomes(ledger)[Outcome.SURVIVED] >= 5 + 18
 
 
-async def test_one_poison(ledger: Ledger) -> None:
-    await run_poison(ledger, kind="memory", phase="decode", num_others=16)
+@pytest.mark.parametrize(("kind", "phase"), [("memory", "decode"), ("sigsegv", "prepare")])
+async def test_one_poison(ledger: Ledger, kind: Kind, phase: Phase) -> None:
+    await run_poison(ledger, kind=kind, phase=phase, num_others=16)
     assert outcomes(ledger) == {Outcome.FAILED_CLEANLY: 1}
     assert ledger.added[0].figures["deaths"] == 2
 

@@ -1,6 +1,8 @@
 """Grammars tried in the check process: what passes, what is refused in whose words, and what is killed."""
 
 import asyncio
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -122,6 +124,26 @@ async def test_the_checker_survives_what_kills_its_process() -> None:
     assert [results[index] for index in (0, 2, 4)] == [fine, fine, source.regex("a")]
     for index in (1, 3):
         assert isinstance(results[index], GrammarError) and "0.4 s" in str(results[index])
+
+
+async def test_a_check_process_that_somebody_ended_is_replaced() -> None:
+    checker = GrammarChecker()
+    await checker.check(source.json_object())
+    os.kill(_child_of(checker), signal.SIGKILL)
+    assert await checker.check(source.regex("b")) == source.regex("b")
+
+
+async def test_a_check_process_that_somebody_stopped_is_replaced() -> None:
+    checker = GrammarChecker(wall_seconds=3.0)
+    await checker.check(source.json_object())
+    os.kill(_child_of(checker), signal.SIGSTOP)
+    assert await checker.check(source.regex("b")) == source.regex("b")
+
+
+def _child_of(checker: GrammarChecker) -> int:
+    child = checker._process._child
+    assert child is not None
+    return child.pid
 
 
 async def test_the_event_loop_goes_on_meanwhile() -> None:

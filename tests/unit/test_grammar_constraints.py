@@ -25,11 +25,13 @@ class Bench:
 
     def __init__(self, folder: Path, *, preparation_seconds: float = 30.0) -> None:
         self._woken = threading.Semaphore(0)
+        self.noted: list[str | None] = []
         self.grammars = Constraints(
             folder,
             vocab_size=byte_level().vocab_size,
             eos_token_ids=(1,),
             wake=self._woken.release,
+            note_preparing=self.noted.append,
             preparation_seconds=preparation_seconds,
         )
 
@@ -151,6 +153,69 @@ def test_what_was_forgotten_while_it_was_prepared_is_never_ready(bench: Bench) -
     assert [one.request_id for one in found] == ["wrong"]
     assert found[0].error is not None and "missing" in found[0].error
     assert bench.grammars.masks(plan(entry(0, make_request("plain", [5])))) is None  # nothing is left
+
+
+def test_who_is_prepared_is_noted_before_and_after(bench: Bench) -> None:
+    for request_id in "ab":
+        bench.ready(request_id)
+    assert bench.noted == ["a", None, "b", None]
+
+
+def test_one_can_be_prepared_before_anything_else_goes_on(bench: Bench) -> None:
+    request = make_request("a", [5])
+    request = msgspec.structs.replace(request, params=msgspec.structs.replace(request.params, grammar=AB))
+    bench.grammars.begin(request, wait=True)
+    assert bench.noted == ["a", None]
+    assert bench.grammars.take_prepared() == [Prepared("a", None)]
+
+
+def test_what_waits_to_be_prepared_and_is_forgotten_is_not(tmp_path: Path) -> None:
+    path, held = tmp_path / "tokenizer.json", tmp_path / "held"
+    os.mkfifo(path)  # the first one holds the thread until somebody writes it
+    bench = Bench(tmp_path)
+    for request_id in ("first", "gone", "last"):
+        bench.begin(request_id)
+    bench.grammars.forget(["gone"])
+    path.rename(held)
+    byte_level()._library.save(str(path))
+    held.write_text(path.read_text())
+    found: list[Prepared] = []
+    while len(found) < 2:
+        found += bench.prepared()
+    assert found == [Prepared("first", None), Prepared("last", None)]
+    assert bench.noted == ["first", None, "last", None]
+
+
+class Broken:
+    """A matcher whose library fails in its own way."""
+
+    def __init__(self, real: object) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> object:
+        if name in ("consume_token", "unsafe_compute_mask_ptr"):
+            raise Panic(name)
+        return getattr(self._real, name)
+
+
+class Panic(BaseException):
+    """As a panic of the library comes: no Exception."""
+
+
+@pytest.mark.parametrize("where", ["mask", "token"])
+def test_a_matcher_that_panics_ends_its_row_and_no_other(bench: Bench, where: str) -> None:
+    bad, good, grammars = bench.ready("bad"), bench.ready("good"), bench.grammars
+    state = grammars._sequences["bad"].state
+    assert state is not None
+    step = plan(entry(0, bad), entry(1, good))
+    if where == "mask":
+        state.mask, state.matcher = None, Broken(state.matcher)  # type: ignore[assignment]
+    masks = grammars.masks(step)
+    assert masks is not None and 1 in masks
+    state.matcher = Broken(state.matcher)  # type: ignore[assignment]
+    one, other = grammars.accept(step, result(RowResult(0, (A,)), RowResult(1, (A,)))).rows
+    assert one.token_ids == () and "Panic" in str(one.error)
+    assert other == RowResult(1, (A,))
 
 
 def test_a_preparation_without_end_ends_its_sequence_and_hinders_no_later_one(tmp_path: Path) -> None:

@@ -47,6 +47,27 @@ def test_the_running_step_is_read_and_forgotten_after_it(page: int) -> None:
     assert after.written_ns >= progress.written_ns
 
 
+def test_who_is_at_work_is_the_step_and_the_grammar_beside_it(page: int) -> None:
+    writer, reader = ProgressWriter(page), ProgressReader(page)
+
+    def at_work() -> tuple[int, ...]:
+        progress = reader.read()
+        assert progress is not None
+        return progress.keys_at_work
+
+    writer.begin_step(1, num_tokens=2, request_keys=[5, 6])
+    assert at_work() == (5, 6)
+    writer.note_preparing(7)
+    assert at_work() == (5, 6, 7)
+    writer.set_phase(EnginePhase.PREPARING)
+    assert at_work() == (7,)
+    writer.begin_step(2, num_tokens=0, request_keys=[7])
+    assert at_work() == (7,)
+    writer.note_preparing(None)
+    writer.set_phase(EnginePhase.IDLE)
+    assert at_work() == ()
+
+
 def test_more_requests_than_room_are_counted(page: int) -> None:
     writer, reader = ProgressWriter(page), ProgressReader(page)
     keys = [request_key(str(index)) for index in range(MAX_REQUEST_KEYS + 9)]
