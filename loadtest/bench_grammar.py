@@ -7,6 +7,7 @@ its ratio to the plain one. All rows are drawn with the same parameters and neve
 """
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from app.core.config import EngineConfig
 from app.core.types import EngineRequest, SamplingParams
 from app.engine.build import Engine, build_engine
 from app.grammar import source
-from app.store import list_models
+from app.store import list_models, resolve
+
+logger = logging.getLogger("loadtest")
 
 NUM_ROWS = 32
 MIXES = {"32 plain": 0, "16 plain + 16 grammar": 16, "32 grammar": 32}
@@ -101,12 +104,14 @@ def _round(engine: Engine, num_grammars: int, options: argparse.Namespace) -> fl
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a table; 0, or 1 where there is no model."""
     options = _parser().parse_args(arguments)
-    folders = [options.model] if options.model else [model.path for model in list_models()]
+    names = [str(options.model)] if options.model else [str(model.path) for model in list_models() if model.path]
+    folders = [resolve(name, report=logger.info) for name in names[:1]]
     if not folders:
         sys.stderr.write("bench_grammar: no model is here; name a folder\n")
         return 1
     config = EngineConfig(
-        model_dir=str(folders[0]),
+        model_dir=str(folders[0].path),
+        eos_token_ids=folders[0].eos_token_ids,
         tier="native",
         max_num_seqs=NUM_ROWS,
         kv_cache_bytes=1 << 29,

@@ -236,7 +236,7 @@ def _wrap(control: Control) -> None:
             control.strike(fault)
         prepare_soundly(preparer, request, tell)
 
-    Preparer._run = prepare  # type: ignore[method-assign]
+    Preparer._run = prepare  # type: ignore[assignment,method-assign]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     enable_prefix_caching: bool = True
     target_itl_ms: float | None = None
     num_threads: int | None = None
-    eos_token_ids: tuple[int, ...] | None = None
-    """None: those of the model folder's generation_config.json, else config.json."""
+    eos_token_ids: tuple[int, ...] = ()
+    """What ends a text, as `app.store` read it from the model folder."""
     scripted: dict[str, float | int | str] = {}
     """Settings of the scripted runner (`app.runner.scripted`), used by tests and benchmarks alone."""

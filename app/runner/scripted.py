@@ -93,7 +93,7 @@ class ScriptedRunner:
     def __init__(self, config: EngineConfig) -> None:
         self._settings = settings = _settings(config)
         self._cycle = _token_cycle(settings)
-        self._eos_token_ids = frozenset(config.eos_token_ids or ())
+        self._eos_token_ids = frozenset(config.eos_token_ids)
         self._rows: dict[int, _Row] = {}
         time.sleep(settings.load_seconds)
         if settings.fail_load:

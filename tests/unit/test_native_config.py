@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from app.core.errors import ConfigurationError
-from app.engine.build import read_eos_token_ids
 from app.runner.base import TierUnavailable
 from app.runner.native.families import read_shape, shape_of
 from app.runner.native.safetensors import read_tensors
@@ -102,10 +101,3 @@ def test_a_broken_header_ends_the_start(header: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(ConfigurationError, match="fetch it again"):
         read_tensors(tmp_path)
-
-
-@pytest.mark.parametrize("value", ['"x"', "[null]", "{}"])
-def test_a_broken_eos_id_ends_the_start(value: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(f'{{"eos_token_id": {value}}}')
-    with pytest.raises(ConfigurationError, match=r"config\.json"):
-        read_eos_token_ids(tmp_path)

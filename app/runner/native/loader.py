@@ -1,9 +1,7 @@
 """Builds a NativeRunner from a configuration, or says in one clause why it cannot serve here."""
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -44,11 +42,10 @@ def load(config: EngineConfig) -> NativeRunner:
     weights = load_weights(model_dir, shape, library, precision=precision, num_threads=num_threads)
     kv = _plan_kv(config, shape)
     model = NativeModel(shape, weights, num_blocks=kv.num_blocks, max_model_len=kv.max_model_len)
-    eos_token_ids = _eos_token_ids(config, model_dir)
 
     def runner_with(max_num_batched_tokens: int, threads: int) -> NativeRunner:
         info = _info(config, shape, weights, kv, level, num_threads, max_num_batched_tokens)
-        return NativeRunner(library, model, info, eos_token_ids=eos_token_ids, num_threads=threads)
+        return NativeRunner(library, model, info, eos_token_ids=config.eos_token_ids, num_threads=threads)
 
     if config.max_num_batched_tokens is not None:
         return runner_with(config.max_num_batched_tokens, num_threads)
@@ -117,17 +114,6 @@ def _info(
 def _config_digest(config: EngineConfig) -> str:
     """Of config.json: the same weights under another rope_theta are another model."""
     return hashlib.sha256((Path(config.model_dir) / "config.json").read_bytes()).hexdigest()[:8]
-
-
-def _eos_token_ids(config: EngineConfig, model_dir: Path) -> tuple[int, ...]:
-    if config.eos_token_ids is not None:
-        return config.eos_token_ids
-    for name in ("generation_config.json", "config.json"):
-        path = model_dir / name
-        value: Any = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-        if value is not None:
-            return (value,) if isinstance(value, int) else tuple(value)
-    return ()
 
 
 def _measure_budget(runner: NativeRunner, config: EngineConfig, kv: KVPlan, *, num_threads: int) -> int:

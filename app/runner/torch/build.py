@@ -14,7 +14,7 @@ from app.runner.torch.digest import weights_digest
 from app.runner.torch.executor import Executor
 from app.runner.torch.families import VERIFIED, context_length
 from app.runner.torch.kv_cache import KVCache, LayerShape, bytes_per_token
-from app.runner.torch.loading import LoadedModel, eos_token_ids, load_model
+from app.runner.torch.loading import LoadedModel, load_model
 from app.runner.torch.packing import Packer
 from app.runner.torch.runner import TorchRunner
 
@@ -54,7 +54,7 @@ def build_runner(config: EngineConfig, *, tier: str, device: torch.device, reaso
         row_independent=False,
         fingerprint=_fingerprint(config, loaded, tier=tier, dtype=dtype),
     )
-    return TorchRunner(executor, info=info, eos_token_ids=eos_token_ids(config))
+    return TorchRunner(executor, info=info, eos_token_ids=config.eos_token_ids)
 
 
 def _plan_kv(config: EngineConfig, loaded: LoadedModel, layers: tuple[LayerShape, ...]) -> KVPlan:

@@ -96,17 +96,6 @@ def set_threads(config: EngineConfig, device: torch.device) -> None:
     torch.set_num_threads(default if config.num_threads is None else config.num_threads)
 
 
-def eos_token_ids(config: EngineConfig) -> tuple[int, ...]:
-    """As asked, else generation_config.json's, else config.json's."""
-    if config.eos_token_ids is not None:
-        return config.eos_token_ids
-    for name in ("generation_config.json", "config.json"):
-        value = _json(Path(config.model_dir) / name).get("eos_token_id")
-        if value is not None:
-            return (value,) if isinstance(value, int) else tuple(value)
-    return ()
-
-
 def _read_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     register()
     transformers.utils.logging.disable_progress_bar()
