@@ -50,6 +50,7 @@ def write_recipe(root: Path, *, name: str = "recipe", **changes: object) -> Path
         "rows_per_step": 4,
         "accumulation": 1,
         "clip_norm": 1.0,
+        "optimizer": '"adamw"',
         "dtype": '"float32"',
         "kind": '"cosine"',
         "learning_rate": 3e-3,
@@ -75,6 +76,7 @@ def write_recipe(root: Path, *, name: str = "recipe", **changes: object) -> Path
             rows_per_step = {rows_per_step}
             accumulation = {accumulation}
             clip_norm = {clip_norm}
+            optimizer = {optimizer}
             dtype = {dtype}
             seed = 5
             threads = 1

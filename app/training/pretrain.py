@@ -5,44 +5,24 @@ one that was not. SIGTERM and Ctrl-C end the run after the step at hand, with a 
 """
 
 import math
-import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import msgspec
-import tokenizers
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
-from app.core.errors import ConfigurationError
-from app.training.checkpoint import Checkpoint, CheckpointState, last_checkpoint, load_checkpoint, save_checkpoint
-from app.training.devices import autocast, choose_dtype
 from app.training.errors import TrainingStopped
 from app.training.export import export_model
-from app.training.metrics import MetricsFile
-from app.training.model import build_model, packed_logits, summed_loss
-from app.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
-from app.training.packing import NO_LABEL, PackedRows
 from app.training.progress import RunDisplay, run_display
 from app.training.recipe import Recipe
 from app.training.report import write_report
+from app.training.run import Run, last_good, open_run, save
 from app.training.samples import sample_text
-from app.training.schedule import learning_rate
-from app.training.shards import Shards, open_shards
-from app.training.tokenizer import END, START, load_tokenizer, special_id
-from app.training.workers import Workers, join_workers
-
-_EVALUATION_ROWS = 8
-"""In one forward pass."""
-ALONE = Workers(0, 1, torch.device("cpu"))
-"""One process on the CPU."""
+from app.training.step import heldout_loss, train_step
+from app.training.workers import join_workers
 
 
 def pretrain(recipe: Recipe) -> Path | None:
@@ -65,182 +45,6 @@ def pretrain(recipe: Recipe) -> Path | None:
             with _stop_signals(run):
                 _train(run, display)
         return _finish(run, display)
-
-
-@dataclass(kw_only=True)
-class Run:
-    """A run in progress; only the functions below change it."""
-
-    recipe: Recipe
-    shards: Shards
-    tokenizer: tokenizers.Tokenizer
-    model: PreTrainedModel
-    forward: nn.Module
-    """The model as training steps call it: itself, or compiled."""
-    optimizer: torch.optim.AdamW
-    workers: Workers
-    dtype: torch.dtype
-    rows: PackedRows
-    heldout: PackedRows
-    metrics: MetricsFile
-    step: int = 0
-    """Steps done."""
-    seconds: float = 0.0
-    """Of training before this process."""
-    is_stopping: bool = False
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def folder(self) -> Path:
-        """Of the run."""
-        return Path(self.recipe.run.folder)
-
-    @property
-    def device(self) -> torch.device:
-        """Of this process."""
-        return self.workers.device
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of training, over all processes of the run."""
-        return self.seconds + time.monotonic() - self.started
-
-    def describe(self) -> str:
-        """One line: what is trained on what."""
-        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        train = self.recipe.train
-        tokens = train.steps * train.rows_per_step * self.recipe.model.context
-        return (
-            f"{self.recipe.model.architecture}, {num_parameters / 1e6:.2f}M parameters, {self.device}, "
-            f"{str(self.dtype).removeprefix('torch.')}; {train.steps} steps of "
-            f"{train.rows_per_step * self.recipe.model.context:,} tokens = "
-            f"{tokens / self.shards.facts.train.num_tokens:.1f} epochs; from step {self.step}"
-        )
-
-
-def open_run(recipe: Recipe, *, workers: Workers = ALONE) -> Run:
-    """Open the data, build the model, and put back the last checkpoint.
-
-    Raises:
-        ConfigurationError: the data, the recipe, the run folder or the number of processes do not fit.
-    """
-    share = recipe.train.accumulation * workers.count
-    if recipe.train.rows_per_step % share:
-        raise ConfigurationError(
-            f"train.rows_per_step {recipe.train.rows_per_step} is no multiple of {workers.count} processes times "
-            f"train.accumulation {recipe.train.accumulation}"
-        )
-    shards = open_shards(Path(recipe.data))
-    tokenizer = load_tokenizer(shards.folder)
-    device = workers.device
-    seed, context = recipe.train.seed, recipe.model.context
-    model = build_model(
-        recipe.model,
-        vocab_size=shards.facts.vocab_size,
-        start_id=special_id(tokenizer, START),
-        end_id=special_id(tokenizer, END),
-        seed=seed,
-    ).to(device)
-    torch.manual_seed(seed + workers.rank)  # each process drops out units of its own
-    optimizer = make_optimizer(model, recipe.train)
-    folder = Path(recipe.run.folder)
-    if workers.is_first:
-        _make_folder(folder, recipe)
-    rows, heldout = (PackedRows(split, context=context, seed=seed) for split in (shards.train, shards.heldout))
-    step, seconds = _restore(model, optimizer, shards, recipe)
-    return Run(
-        recipe=recipe,
-        shards=shards,
-        tokenizer=tokenizer,
-        model=model,
-        forward=_compiled(model) if recipe.train.compile else model,
-        optimizer=optimizer,
-        workers=workers,
-        dtype=choose_dtype(recipe.train, device),
-        rows=rows,
-        heldout=heldout,
-        metrics=MetricsFile(folder / "metrics.jsonl" if workers.is_first else Path(os.devnull), resumed_step=step),
-        step=step,
-        seconds=seconds,
-    )
-
-
-def _compiled(model: PreTrainedModel) -> nn.Module:
-    compiled = torch.compile(model)
-    assert isinstance(compiled, nn.Module)
-    return compiled
-
-
-def train_step(run: Run) -> tuple[float, float]:
-    """One step of the optimiser: (loss in nats a token, norm of the gradient before clipping).
-
-    Raises:
-        TrainingStopped: the loss or the norm is no finite number; the weights are those before the step.
-    """
-    train, workers = run.recipe.train, run.workers
-    count = train.rows_per_step // train.accumulation // workers.count
-    first = run.step * train.rows_per_step
-    own = first + workers.rank * count * train.accumulation
-    pieces = [run.rows.rows(own + index * count, count) for index in range(train.accumulation)]
-    (num_labels,) = workers.sum([float(sum((piece.labels != NO_LABEL).sum() for piece in pieces))])
-    rate = learning_rate(train.schedule, run.step, steps=train.steps)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    loss, mixed = 0.0, autocast(run.dtype, run.device)
-    for piece in pieces:
-        with mixed():
-            logits = packed_logits(run.forward, piece, device=run.device, dtype=run.dtype)
-        piece_loss = summed_loss(logits, piece) / num_labels
-        piece_loss.backward()
-        loss += float(piece_loss.detach())
-    workers.sum_gradients(run.model.parameters())
-    loss, num_stopping = workers.sum([loss, float(run.is_stopping)])
-    run.is_stopping = num_stopping > 0  # all of them end after the same step
-    norm = float(nn.utils.clip_grad_norm_(run.model.parameters(), train.clip_norm))
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise _not_finite(run, loss=loss, first=first)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.step += 1
-    return loss, norm
-
-
-def heldout_loss(run: Run) -> float:
-    """Mean loss over the first rows of the held-out split, nats a token."""
-    count = min(run.recipe.run.evaluate_rows, run.heldout.rows_per_epoch)
-    total, num_labels, mixed = 0.0, 0, autocast(run.dtype, run.device)
-    run.model.eval()
-    with torch.no_grad():
-        for first in range(0, count, _EVALUATION_ROWS):
-            rows = run.heldout.rows(first, min(_EVALUATION_ROWS, count - first))
-            with mixed():
-                logits = packed_logits(run.model, rows, device=run.device, dtype=run.dtype)
-            total += float(summed_loss(logits, rows))
-            num_labels += int((rows.labels != NO_LABEL).sum())
-    run.model.train()
-    return total / num_labels
-
-
-def save(run: Run) -> Path:
-    """Write a checkpoint of the run as it is. Raises TrainingStopped where that fails."""
-    state = CheckpointState(
-        step=run.step,
-        seconds=run.elapsed,
-        recipe=msgspec.Raw(msgspec.json.encode(run.recipe)),
-        tokenizer_sha256=run.shards.facts.tokenizer_sha256,
-    )
-    checkpoint = Checkpoint(
-        state=state,
-        weights=dict(run.model.named_parameters()),
-        moments=optimizer_tensors(run.optimizer, run.model),
-        random_state=torch.get_rng_state(),
-    )
-    try:
-        return save_checkpoint(run.folder / "checkpoints", checkpoint, keep=run.recipe.run.keep_checkpoints)
-    except OSError as error:
-        raise TrainingStopped(
-            f"the checkpoint of step {run.step} cannot be written: {error}. {_last_good(run)}"
-        ) from error
 
 
 def _train(run: Run, display: RunDisplay) -> None:
@@ -290,12 +94,12 @@ def _finish(run: Run, display: RunDisplay) -> Path | None:
     try:
         export_model(run.model, run.shards.folder, target, dtype=dtype)
     except OSError as error:
-        raise TrainingStopped(f"the model cannot be written: {error}. {_last_good(run)}") from error
+        raise TrainingStopped(f"the model cannot be written: {error}. {last_good(run)}") from error
     return target
 
 
 def _log_step(run: Run, *, loss: float, norm: float, tokens_per_second: float) -> str:
-    rate = run.optimizer.param_groups[0]["lr"]
+    rate = run.optimizer.rate
     run.metrics.write(
         {
             "step": run.step,
@@ -331,65 +135,6 @@ def _sample(run: Run, display: RunDisplay) -> None:
         text = sample_text(run.model, run.tokenizer, prompt, num_tokens=run.recipe.run.sample_tokens, seed=run.step)
         run.metrics.write({"step": run.step, "sample": text})
         display.sample(run.step, text)
-
-
-def _make_folder(folder: Path, recipe: Recipe) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.json").write_bytes(msgspec.json.format(msgspec.json.encode(recipe)) + b"\n")
-    except OSError as error:
-        raise ConfigurationError(f"the run folder {folder} cannot be written: {error}") from error
-
-
-def _restore(model: PreTrainedModel, optimizer: torch.optim.AdamW, shards: Shards, recipe: Recipe) -> tuple[int, float]:
-    """Put the last checkpoint back: (steps done, seconds trained)."""
-    folder = Path(recipe.run.folder) / "checkpoints"
-    path = last_checkpoint(folder)
-    if path is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        return 0, 0.0
-    checkpoint = load_checkpoint(path)
-    state = checkpoint.state
-    _require_same(path, state, shards, recipe)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(checkpoint.weights[name])
-    restore_optimizer(optimizer, model, checkpoint.moments, step=state.step)
-    torch.set_rng_state(checkpoint.random_state)
-    return state.step, state.seconds
-
-
-def _require_same(path: Path, state: CheckpointState, shards: Shards, recipe: Recipe) -> None:
-    before = msgspec.json.decode(state.recipe, type=Recipe)
-    if state.tokenizer_sha256 != shards.facts.tokenizer_sha256:
-        raise ConfigurationError(
-            f"{path} was trained with another tokenizer than {shards.folder} has; use a new run folder"
-        )
-    for table in ("model", "train"):
-        for name in getattr(recipe, table).__struct_fields__:
-            old, new = getattr(getattr(before, table), name), getattr(getattr(recipe, table), name)
-            if old != new and name not in _MAY_CHANGE:
-                raise ConfigurationError(
-                    f"{path} was made with {table}.{name} = {old!r}, the recipe now says {new!r}; "
-                    "put it back, or use a new run folder"
-                )
-
-
-_MAY_CHANGE = frozenset(["steps", "threads", "schedule", "compile"])
-"""When a run is resumed: a longer run, an earlier decay."""
-
-
-def _not_finite(run: Run, *, loss: float, first: int) -> TrainingStopped:
-    last = first + run.recipe.train.rows_per_step - 1
-    return TrainingStopped(
-        f"the loss of step {run.step + 1} is {loss} (rows {first} to {last}, learning rate "
-        f"{run.optimizer.param_groups[0]['lr']:.2e}). {_last_good(run)}; lower the learning rate or clip_norm there"
-    )
-
-
-def _last_good(run: Run) -> str:
-    path = last_checkpoint(run.folder / "checkpoints")
-    return "There is no checkpoint yet" if path is None else f"The last good checkpoint is {path}"
 
 
 @contextmanager

@@ -53,6 +53,8 @@ class TrainTable(_Table, frozen=True, kw_only=True):
     accumulation: Count = 1
     """Forward passes a step; divides rows_per_step."""
     schedule: ScheduleTable
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: for the matrices between embeddings and head; the rest is AdamW's."""
     weight_decay: Annotated[float, Meta(ge=0)] = 0.1
     """On matrices only."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -73,8 +73,7 @@ def _packed_step(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[], Non
             logits = packed_logits(model, rows, device=_CPU, dtype=dtype)
         (summed_loss(logits, rows) / ids[:, 1:].size).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.step(_TRAIN.schedule.learning_rate)
 
     return step
 

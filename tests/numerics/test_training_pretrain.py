@@ -20,9 +20,11 @@ from app.training.errors import TrainingStopped
 from app.training.metrics import read_metrics
 from app.training.model import build_model, packed_logits, summed_loss
 from app.training.packing import NO_LABEL, PackedRows, Rows
-from app.training.pretrain import open_run, pretrain, save, train_step
+from app.training.pretrain import pretrain
 from app.training.recipe import ModelTable
+from app.training.run import open_run, save
 from app.training.shards import open_shards
+from app.training.step import train_step
 from tests.training_texts import make_shards, toy_recipe, write_recipe
 
 CPU = torch.device("cpu")
@@ -117,7 +119,8 @@ class FixedRows:
 def test_only_matrices_decay(root: Path) -> None:
     run = open_run(toy_recipe(root, name="decay", architecture='"gpt2"'))
     run.metrics.close()
-    decaying, plain = run.optimizer.param_groups
+    (adamw,) = run.optimizer.parts
+    decaying, plain = adamw.param_groups
     assert decaying["weight_decay"] > 0 and all(parameter.ndim == 2 for parameter in decaying["params"])
     assert plain["weight_decay"] == 0 and all(parameter.ndim == 1 for parameter in plain["params"])
     assert len(decaying["params"]) + len(plain["params"]) == len(list(run.model.parameters()))
@@ -135,11 +138,28 @@ def test_accumulated_pieces_make_the_same_step(root: Path) -> None:
     assert results == [pytest.approx(pair, rel=1e-4) for pair in expected]
 
 
-def test_a_resumed_run_equals_an_unbroken_one(root: Path) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_muon_moves_the_hidden_matrices_and_adamw_the_rest(root: Path, architecture: Architecture) -> None:
+    run = open_run(toy_recipe(root, name="muon", architecture=f'"{architecture}"', optimizer='"muon"'))
+    run.metrics.close()
+    adamw, muon = run.optimizer.parts
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    of_adamw, of_muon = (
+        [parameter for group in part.param_groups for parameter in group["params"]] for part in (adamw, muon)
+    )
+    assert {*of_adamw, *of_muon} == set(names) and len(of_adamw) + len(of_muon) == len(names)
+    hidden = {
+        parameter for parameter, name in names.items() if parameter.ndim == 2 and (".layers." in name or ".h." in name)
+    }
+    assert set(of_muon) == hidden
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_equals_an_unbroken_one(root: Path, optimizer: str) -> None:
     """With dropout, so that the random state counts; stopped between checkpoints."""
-    changes: dict[str, object] = {"architecture": '"gpt2"', "dropout": 0.1}
-    finished = pretrain(toy_recipe(root, name="whole", **changes))
-    broken = toy_recipe(root, name="broken", **changes)
+    changes: dict[str, object] = {"architecture": '"gpt2"', "dropout": 0.1, "optimizer": f'"{optimizer}"'}
+    finished = pretrain(toy_recipe(root, name=f"whole-{optimizer}", **changes))
+    broken = toy_recipe(root, name=f"broken-{optimizer}", **changes)
     run = open_run(broken)
     for _ in range(5):
         train_step(run)
@@ -147,12 +167,12 @@ def test_a_resumed_run_equals_an_unbroken_one(root: Path) -> None:
     run.metrics.close()
     model = pretrain(broken)
     assert finished is not None and model is not None
-    after = losses(root, "broken")
+    after = losses(root, f"broken-{optimizer}")
     assert list(after) == [6, 7, 8]
-    assert after == {step: loss for step, loss in losses(root, "whole").items() if step > 5}
+    assert after == {step: loss for step, loss in losses(root, f"whole-{optimizer}").items() if step > 5}
     for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
         assert (model / name).read_bytes() == (finished / name).read_bytes(), name
-    assert "<svg" in (root / "whole-run" / "report.html").read_text()
+    assert "<svg" in (root / f"whole-{optimizer}-run" / "report.html").read_text()
 
 
 def test_a_run_is_not_resumed_with_another_recipe_or_tokenizer(root: Path) -> None:
