@@ -16,6 +16,7 @@ from app.api.app import create_app as create_api
 from app.api.deps import ApiLimits, OpenAIDefaults, ServerContext
 from app.api.hosts import loopback_hosts
 from app.api.keys import KeyRing
+from app.api.responses_store import ResponseStore
 from app.api.schemas.field_rules import UnknownFields
 from app.client.engine_client import EngineClient
 from app.client.local import LocalEngineClient
@@ -90,6 +91,7 @@ def make_context(
         metrics=metrics,
         admission=Admission(admission_limits, metrics=metrics),
         sampling_defaults=folder.generation_defaults if settings.generation_config == "model" else OpenAIDefaults(),
+        responses=ResponseStore(max_responses=settings.max_stored_responses),
         limits=ApiLimits(max_body_size=settings.max_body_size, unknown_fields=unknown),
         version=__version__,
         keys=keys,

@@ -111,6 +111,12 @@ class Settings(BaseSettings):
     max_waiting_tokens: int | None = Field(
         None, ge=1, description="prompt tokens that may wait; beyond it 429; default 32 times the context"
     )
+    max_stored_responses: int = Field(
+        1000,
+        ge=0,
+        description="answers of /v1/responses kept in memory, at most 64 MiB of them, for previous_response_id and "
+        "GET; 0 keeps none",
+    )
     metrics_prefix: str = Field("headwater_", description="prefix of metric names; vllm: fits existing dashboards")
     drain_timeout: float = Field(30.0, ge=0, description="seconds that live requests get to finish on SIGTERM")
     load_timeout: float = Field(600.0, gt=0, description="seconds an engine may take to load before it is replaced")

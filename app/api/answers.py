@@ -10,6 +10,7 @@ from typing import Protocol
 import msgspec
 
 from app.api.errors import error_body
+from app.api.schemas.chat import ChatCandidate, ChatTokenLogprob
 from app.api.schemas.generation import PromptLogprob, PromptLogprobs, PromptTokensDetails, Usage
 from app.api.sequence_text import Delta, SequenceText
 from app.api.sse import DONE
@@ -81,6 +82,15 @@ class TokenSpelling:
         data = self._tokenizer.token_bytes(token_id)
         begun = sum(byte & 0xC0 != 0x80 for byte in data)
         return begun, int(bool(data) and data[0] & 0xC0 == 0x80)
+
+
+def token_logprob(token_id: int, entry: TokenLogprobs, *, spelling: TokenSpelling, count: int) -> ChatTokenLogprob:
+    """OpenAI's form of one output token, with the `count` most likely ones at its place."""
+    top = [
+        ChatCandidate(spelling.text(other), max(logprob, LOWEST), spelling.raw(other))
+        for other, logprob in zip(entry.top_token_ids[:count], entry.top_logprobs, strict=False)
+    ]
+    return ChatTokenLogprob(spelling.text(token_id), max(entry.logprob, LOWEST), spelling.raw(token_id), top)
 
 
 def prompt_logprobs_of(

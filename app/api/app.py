@@ -20,7 +20,19 @@ from app.api.middleware import RequestLayer
 from app.api.openapi import add_schemas
 from app.api.record import RequestRecord
 from app.api.respond import ErrorResponse
-from app.api.routes import chat, completions, docs, embeddings, engine, messages, models, page, server, tokens
+from app.api.routes import (
+    chat,
+    completions,
+    docs,
+    embeddings,
+    engine,
+    messages,
+    models,
+    page,
+    responses,
+    server,
+    tokens,
+)
 from app.core.errors import HeadwaterError, InvalidRequest, NotFound
 
 _EXPOSED_HEADERS = ("x-request-id", "retry-after", "headwater-seed", "headwater-ignored", "headwater-resume")
@@ -42,7 +54,7 @@ def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
-    for module in (chat, completions, messages, embeddings, models, server, tokens, engine, page):
+    for module in (chat, completions, messages, responses, embeddings, models, server, tokens, engine, page):
         app.include_router(module.routes(context))
     if context.docs:
         app.include_router(docs.routes(app))
@@ -52,7 +64,7 @@ def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=context.allowed_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=_EXPOSED_HEADERS,
         )

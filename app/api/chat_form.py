@@ -10,12 +10,12 @@ import msgspec
 from msgspec import UNSET
 
 from app.api.answers import (
-    LOWEST,
     AnswerHead,
     TokenSpelling,
     event_of,
     failure_events,
     prompt_logprobs_of,
+    token_logprob,
     usage_of,
 )
 from app.api.chat_prompt import message_text, prepare_chat, render, require_template, sort_variables
@@ -23,7 +23,6 @@ from app.api.deps import ServerContext
 from app.api.generation import Prepared
 from app.api.schemas.chat import (
     AssistantMessage,
-    ChatCandidate,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -31,7 +30,6 @@ from app.api.schemas.chat import (
     ChatLogprobs,
     ChatRequest,
     ChatResponse,
-    ChatTokenLogprob,
     check_chat,
 )
 from app.api.schemas.decode import decode_struct
@@ -41,7 +39,7 @@ from app.api.schemas.tools import CalledFunction, CalledFunctionDelta, ToolCall,
 from app.api.sequence_text import Delta, SequenceText
 from app.api.sse import DONE
 from app.api.tools import ToolPlan, ToolText, plan_tools
-from app.core.types import EngineLimits, FinishReason, TokenLogprobs
+from app.core.types import EngineLimits, FinishReason
 from app.text.tokenizer import Tokenizer
 
 
@@ -251,16 +249,8 @@ class ChatForm:
     def _logprobs(self, deltas: Sequence[Delta]) -> ChatLogprobs:
         return ChatLogprobs(
             [
-                self._token(token_id, entry)
+                token_logprob(token_id, entry, spelling=self._spelling, count=self._request.num_logprobs or 0)
                 for delta in deltas
                 for token_id, entry in zip(delta.token_ids, delta.logprobs, strict=True)
             ]
         )
-
-    def _token(self, token_id: int, entry: TokenLogprobs) -> ChatTokenLogprob:
-        spelling, count = self._spelling, self._request.num_logprobs or 0
-        top = [
-            ChatCandidate(spelling.text(other), max(logprob, LOWEST), spelling.raw(other))
-            for other, logprob in zip(entry.top_token_ids[:count], entry.top_logprobs, strict=False)
-        ]
-        return ChatTokenLogprob(spelling.text(token_id), max(entry.logprob, LOWEST), spelling.raw(token_id), top)

@@ -195,10 +195,11 @@ def _with_parsed_arguments(calls: object) -> object:
     """OpenAI sends arguments as a string of JSON, templates write them as an object. Anything else stays as it is."""
     if not isinstance(calls, list):
         return calls
-    return [_with_parsed_call(call) for call in calls]
+    return [with_parsed_call(call) for call in calls]
 
 
-def _with_parsed_call(call: object) -> object:
+def with_parsed_call(call: object) -> object:
+    """A tool call with its arguments as an object, where they are the text of one."""
     function = call.get("function") if isinstance(call, dict) else None
     arguments = function.get("arguments") if isinstance(function, dict) else None
     if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(arguments, str):

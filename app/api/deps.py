@@ -6,6 +6,7 @@ from typing import Protocol
 
 from app.api.admission import Admission
 from app.api.keys import KeyRing
+from app.api.responses_store import ResponseStore
 from app.api.schemas.field_rules import UnknownFields
 from app.client.engine_client import EngineClient
 from app.core.errors import EngineUnavailable, NotFound
@@ -70,6 +71,8 @@ class ServerContext:
     chat_template: ChatTemplate | None = None
     """None: the model has none, and no messages are taken."""
     grammars: GrammarChecker = field(default_factory=GrammarChecker)
+    responses: ResponseStore = field(default_factory=ResponseStore)
+    """Answers of /v1/responses that are kept."""
     limits: ApiLimits = field(default_factory=ApiLimits)
     version: str
     created: int = field(default_factory=lambda: int(time.time()))

@@ -6,15 +6,16 @@ have, the events of streams. `scripts/describe_api.py` prints the document; docs
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from fastapi import FastAPI
 
 from app.api.errors import BodyTimeout, ErrorBody, MessagesErrorBody, Unauthorized, kind_of
-from app.api.schemas import chat, completions, engine, messages, server, tokens
+from app.api.schemas import chat, completions, engine, messages, responses, server, tokens
+from app.api.schemas import responses_events as events
 from app.api.schemas.field_rules import FieldTable, UnknownFields
-from app.api.schemas.fields import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES
+from app.api.schemas.fields import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES, RESPONSES
 from app.api.schemas.limits import MAX_PROMPTS
 from app.core.errors import (
     BodyTooLarge,
@@ -39,6 +40,7 @@ _MESSAGES_EVENTS: tuple[type[msgspec.Struct], ...] = (
     messages.MessageDelta,
     messages.MessageStop,
 )
+_RESPONSES_EVENTS: tuple[type[msgspec.Struct], ...] = get_args(events.Event)
 _TYPES: tuple[type[msgspec.Struct], ...] = (
     ErrorBody,
     chat.ChatRequest,
@@ -52,6 +54,10 @@ _TYPES: tuple[type[msgspec.Struct], ...] = (
     *_MESSAGES_EVENTS,
     messages.CountTokensRequest,
     messages.CountTokensResponse,
+    responses.ResponsesRequest,
+    responses.ResponseObject,
+    responses.DeletedResponse,
+    *_RESPONSES_EVENTS,
     server.ModelEntry,
     server.ModelList,
     server.Readiness,
@@ -69,6 +75,7 @@ _TABLES: tuple[tuple[str, FieldTable], ...] = (
     ("CompletionRequest", COMPLETIONS),
     ("MessagesRequest", MESSAGES),
     ("CountTokensRequest", COUNT_TOKENS),
+    ("ResponsesRequest", RESPONSES),
 )
 
 BODY_ERRORS: tuple[type[Exception], ...] = (
@@ -90,7 +97,7 @@ _DESCRIPTIONS: Mapping[type[Exception], str] = MappingProxyType(
     {
         InvalidRequest: "The request is wrong; `error.param` names the field.",
         Unauthorized: "No API key, or an unknown one. Only where the server has keys.",
-        NotFound: "No such model.",
+        NotFound: "No such model, or no such stored response.",
         BodyTimeout: "The body did not arrive in time.",
         BodyTooLarge: "The body is too large.",
         UnsupportedMedia: "The body is not JSON, or is compressed.",
@@ -151,6 +158,15 @@ def messages_reply() -> Responses:
     replies[200]["description"] = "The answer; with `stream: true` as Anthropic's server-sent events."
     end = "The name of the event is its type. The last one is message_stop, or an error."
     _add_events(replies, (*_MESSAGES_EVENTS, MessagesErrorBody), end)
+    return replies
+
+
+def responses_reply() -> Responses:
+    """`responses` of `POST /v1/responses`."""
+    replies = json_reply(responses.ResponseObject, GENERATION_ERRORS)
+    replies[200]["description"] = "The answer; with `stream: true` as OpenAI's typed server-sent events."
+    end = "The name of the event is its type. The last one is response.completed, .incomplete or .failed."
+    _add_events(replies, _RESPONSES_EVENTS, end)
     return replies
 
 

@@ -20,6 +20,7 @@ from app.api.connections import ConnectionRoom
 from app.api.deps import ApiLimits, OpenAIDefaults, SamplingDefaults, ServerContext
 from app.api.keys import KeyRing
 from app.api.protocol import BoundedHttpProtocol
+from app.api.responses_store import ResponseStore
 from app.client.engine_client import EngineClient
 from app.observability.metrics import Metrics
 from app.text import ChatTemplate, Tokenizer
@@ -131,6 +132,7 @@ def make_context(
     prefix: str = "headwater_",
     runs_engine: bool = False,
     page: bool = True,
+    responses: ResponseStore | None = None,
 ) -> ServerContext:
     """A context with what a test does not care about filled in."""
     metrics = Metrics(model_name=MODEL, prefix=prefix)
@@ -146,6 +148,7 @@ def make_context(
         metrics_keys=metrics_keys,
         allowed_origins=allowed_origins,
         allowed_hosts=allowed_hosts,
+        responses=ResponseStore() if responses is None else responses,
         docs=docs,
         limits=ApiLimits() if limits is None else limits,
         version="0.0-test",

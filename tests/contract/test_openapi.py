@@ -31,6 +31,7 @@ OPERATIONS = [
 CALL = 'So: <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 ANTHROPIC_TOOL = {"name": "f", "input_schema": {"type": "object"}}
+FLAT_TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}}
 USAGE = {"include_usage": True, "continuous_usage_stats": True}
 EXAMPLES = [
     pytest.param(path, example["value"], id=f"{path}-{name}")
@@ -57,7 +58,7 @@ def check(response: httpx.Response, path: str, method: str = "post") -> None:
     for name, header in reply.get("headers", {}).items():
         assert name in response.headers or not header.get("required"), name
     if media_type == "text/event-stream":
-        read = message_events_of if path.startswith("/v1/messages") else chunks_of
+        read = message_events_of if path.startswith(("/v1/messages", "/v1/responses")) else chunks_of
         for event in read(response.text):
             assert problems(event, content["schema"]["properties"]["data"]["contentSchema"], SCHEMAS) == []
     elif media_type == "application/json":
@@ -119,14 +120,18 @@ def test_examples_are_served(chat: FakeServer, path: str, example: dict[str, Any
         ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 2, "return_token_ids": True, "n": 2}),
         ("/v1/chat/completions", {"stop": ["你"], "zz": 1}),
         ("/v1/chat/completions", {"tools": [TOOL], "tool_choice": "required"}),
+        ("/v1/responses", {"input": "Hi", "top_logprobs": 2, "metadata": {"a": "b"}, "user": "me"}),
+        ("/v1/responses", {"input": [{"role": "user", "content": "Hi"}], "max_output_tokens": 2}),
+        ("/v1/responses", {"input": "Hi", "tools": [FLAT_TOOL], "tool_choice": "required"}),
         ("/v1/messages", {"stop_sequences": ["世"], "max_tokens": 100, "user": "me"}),
         ("/v1/messages", {"max_tokens": 100, "tools": [ANTHROPIC_TOOL], "tool_choice": {"type": "any"}}),
     ],
     ids=str,
 )
 def test_answers_are_as_described(chat: FakeServer, path: str, fields: dict[str, Any], stream: bool) -> None:
-    body = fields | ({"messages": [{"role": "user", "content": "Hi"}]} if path != "/v1/completions" else {})
-    options = {} if path == "/v1/messages" else {"stream_options": USAGE}
+    takes_messages = path in ("/v1/chat/completions", "/v1/messages")
+    body = fields | ({"messages": [{"role": "user", "content": "Hi"}]} if takes_messages else {})
+    options = {} if path in ("/v1/messages", "/v1/responses") else {"stream_options": USAGE}
     if "tools" in fields:
         chat.engine.script = tuple(byte_level().encode_now(CALL, False))
     try:
@@ -161,9 +166,10 @@ def test_a_failing_engine_is_as_described() -> None:
     path = "/v1/chat/completions"
     with fake_server(chat_template=TEMPLATE) as server:
         server.engine.fail_at = 3
-        for where in (path, "/v1/messages"):
+        for where in (path, "/v1/messages", "/v1/responses"):
+            whole = {"input": "Hi"} if where == "/v1/responses" else body | {"max_tokens": 50}
             for fields, status in (({}, 500), ({"stream": True}, 200)):
-                response = server.post(body | fields | {"max_tokens": 50}, where)
+                response = server.post(whole | fields, where)
                 assert response.status_code == status
                 check(response, where)
         server.engine.fail_at = None
@@ -179,7 +185,12 @@ def test_a_failing_engine_is_as_described() -> None:
 
 @pytest.mark.parametrize("path", [path for path, operations in DOCUMENT["paths"].items() if "get" in operations])
 def test_what_is_read_is_as_described(chat: FakeServer, path: str) -> None:
-    check(chat.http.get(path.replace("{model}", MODEL)), path, "get")
+    stored = chat.post({"input": "Hi", "max_output_tokens": 2}, "/v1/responses").json()["id"]
+    check(chat.http.get(path.replace("{model}", MODEL).replace("{response_id}", stored)), path, "get")
+    if "delete" in DOCUMENT["paths"][path]:
+        for _ in ("it is there", "it is gone"):
+            check(chat.http.delete(path.replace("{response_id}", stored)), path, "delete")
+        check(chat.http.get(path.replace("{response_id}", stored)), path, "get")
 
 
 def test_a_missing_key_and_a_wrong_parameter_are_as_described(chat: FakeServer) -> None:

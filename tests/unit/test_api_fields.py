@@ -12,10 +12,11 @@ from app.api.schemas.chat import ChatRequest, check_chat
 from app.api.schemas.completions import CompletionRequest, check_completion
 from app.api.schemas.decode import decode_keys, decode_struct
 from app.api.schemas.field_rules import FieldTable, Refused, UnknownFields, ignored_header
-from app.api.schemas.fields import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES
+from app.api.schemas.fields import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES, RESPONSES
 from app.api.schemas.generation import GenerationRequest
 from app.api.schemas.messages import CountTokensRequest, MessagesRequest
 from app.api.schemas.reference import PAGES, reference_page
+from app.api.schemas.responses import ResponsesRequest
 from app.api.translate import sampling_params
 from app.core.errors import InvalidRequest
 from app.core.types import EngineRequest, SamplingParams
@@ -25,6 +26,7 @@ ENDPOINTS: dict[str, tuple[FieldTable, type[msgspec.Struct]]] = {
     "completions": (COMPLETIONS, CompletionRequest),
     "chat": (CHAT, ChatRequest),
     "messages": (MESSAGES, MessagesRequest),
+    "responses": (RESPONSES, ResponsesRequest),
     "count_tokens": (COUNT_TOKENS, CountTokensRequest),
 }
 REFUSALS = [

@@ -177,6 +177,17 @@ CHAT = FieldTable(
     ),
 )
 
+_RESPONSES_SHARED = frozenset(
+    {
+        *("model", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "logit_bias", "priority"),
+        *("cache_salt", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    }
+)
+
+_RESPONSES_OWN = frozenset({"stream", "stream_options"})
+"""Shared by name, with a meaning of their own."""
+_ON_CHAT = "use `/v1/chat/completions`, which serves it"
+
 _MESSAGES_PROMPT: tuple[Honoured, ...] = (
     Honoured("model", "the served model", "a name of `GET /v1/models`", "Which model; another name is a 404."),
     Honoured("messages", "required", "at least one; see below", "The conversation, for the model's template."),
@@ -218,6 +229,54 @@ MESSAGES = FieldTable(
         *_MESSAGES_REFUSED,
         Refused("stop", "use `stop_sequences`"),
         Refused("max_completion_tokens", "use `max_tokens`"),
+    ),
+)
+
+RESPONSES = FieldTable(
+    unknown=UnknownFields.REPORT,
+    honoured=(
+        Honoured("input", "required", "string, or items; see below", "What to answer."),
+        Honoured("instructions", "none", "string", "The system's message; of this response alone."),
+        Honoured("previous_response_id", "none", "id of a stored response", "Go on with its conversation; see below."),
+        Honoured("store", "true, where the server stores", "boolean", "Keep the answer to be read and gone on with."),
+        Honoured("metadata", "none", "16 texts, 512 characters each", "Comes back in the answer."),
+        Honoured("max_output_tokens", "the rest of the context", "≥ 1", "Most output tokens, reasoning included."),
+        Honoured("stream", "false", "boolean", "OpenAI's typed server-sent events."),
+        Honoured("stream_options", "none", "`include_obfuscation: false`", "Events are not padded."),
+        Honoured("text", "text", "`format`: text, json_object, json_schema", "Hold the output to JSON or a schema."),
+        Honoured("reasoning", "none", "`effort`, `summary`", "`effort` reaches a template that reads it; see below."),
+        Honoured("tools", "none", "functions; 128, 512 KiB", "What the model may call; see below."),
+        Honoured("tool_choice", "auto", "none, auto, required, a function", "Whether it calls; see below."),
+        Honoured("parallel_tool_calls", "true", "boolean", "Whether one answer may hold several calls."),
+        Honoured("include", "none", "OpenAI's names", "`message.output_text.logprobs` adds these; others add nothing."),
+        Honoured("top_logprobs", "0", "0 to 20", "Log-probabilities of the text, with this many most likely tokens."),
+        Honoured("chat_template_kwargs", "none", "as on chat; 32", "Variables of the model's template."),
+        *(one for one in _SHARED if one.name in _RESPONSES_SHARED),
+    ),
+    harmless=(
+        *(one for one in _SHARED_HARMLESS if one.name not in ("metadata", "store")),
+        Harmless("background", only(False), "false", "Answers are made while the client waits."),
+        Harmless("truncation", only("disabled"), "disabled", "Nothing of the input is dropped."),
+        Harmless("max_tool_calls", anything(), "anything", "Bounds tools that OpenAI runs; there are none."),
+        Harmless("prompt_cache_retention", anything(), "anything", "Prefixes are always cached, while there is room."),
+        Harmless("prompt_cache_options", anything(), "anything", "The same."),
+    ),
+    refused=(
+        Refused("messages", "chat is another route; this one takes `input`"),
+        Refused("max_tokens", "use `max_output_tokens`"),
+        Refused("max_completion_tokens", "use `max_output_tokens`"),
+        Refused("logprobs", "use `top_logprobs`"),
+        Refused("min_tokens", _ON_CHAT),
+        *(Refused(one.name, _ON_CHAT) for one in _SHARED if one.name not in _RESPONSES_SHARED | _RESPONSES_OWN),
+        Refused("n", "send the request several times"),
+        Refused("conversation", "use `previous_response_id`, or send the conversation in `input`"),
+        Refused("prompt", "no prompt templates are kept: send the text in `input`"),
+        Refused("context_management", "shorten the input"),
+        Refused("background_options", "answers are made while the client waits"),
+        Refused("moderation", "the server judges no texts"),
+        Refused("image", "the model reads text"),
+        Refused("access_programs", "leave it out"),
+        *_SHARED_REFUSED,
     ),
 )
 

@@ -13,6 +13,9 @@ MAX_BAD_WORD_IDS = 16_384
 """Tokens of all bad words together."""
 MAX_LABEL_CHARS = 128
 MAX_TEMPLATE_KWARGS = 32
+MAX_METADATA = 16
+"""Entries, as OpenAI has it."""
+MAX_METADATA_CHARS = 512
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 512 * 1024
 """Of all tools as JSON."""

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from app.api.schemas.field_rules import FieldTable
-from app.api.schemas.fields import CHAT, COMPLETIONS, MESSAGES
+from app.api.schemas.fields import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 
 
 class Page(NamedTuple):
@@ -152,10 +152,42 @@ Errors have Anthropic's form. `x-api-key` and `Authorization` both carry keys; `
 **`/v1/messages/count_tokens`** takes `model`, `messages`, `system`, `tools` and `tool_choice`, with the same meaning.
 """
 
+_RESPONSES_NOTES = """\
+**Items** of `input` are messages (`role` user, assistant, system or developer; `content` a string or a list of parts),
+`function_call`, `function_call_output` and `reasoning`. Parts of the types `input_text`, `output_text`,
+`reasoning_text`, `summary_text` and `refusal` are text, joined by line breaks; an image or file is a 400, as is any
+other kind of item. A message of the assistant, its calls and the reasoning before them reach the model's template as
+one turn, results of calls as messages of the role tool. A template that does not know the role `developer` gets
+`system`. A new message is always begun: none is gone on with.
+
+**Stored responses** can be read (`GET /v1/responses/{id}`), forgotten (`DELETE`) and gone on with
+(`previous_response_id`). They are kept in the server's memory, up to `--max-stored-responses` and 64 MiB: where that
+is full, the key that holds most gives up its oldest, and a restart forgets all. With API keys, a response is there for
+its own key alone. An id that is not there is a 400 (`previous_response_not_found`), or a 404 where it is read.
+Instructions are of one response and do not carry over. A response that failed or whose client went away is not stored.
+What was gone on from a deleted response keeps its conversation.
+
+**The form of the output**: `text.format` is `{"type": "json_object"}` or
+`{"type": "json_schema", "name": ..., "schema": ...}`. An answer with the status completed has the form.
+
+**Tools** are `{"type": "function", "name": ..., "description": ..., "parameters": schema}`; the tools that OpenAI runs
+itself are a 400. `tool_choice` has the same meaning as on [chat](chat.md), and the same limits.
+
+**The answer** has the items `reasoning`, `message` and `function_call`, in the order of the text. Its status is
+completed; incomplete where `max_output_tokens` or the context ended it (`incomplete_details.reason` is
+max_output_tokens for both); failed, in a stream. `usage.input_tokens` counts the template's tokens too.
+
+**A stream** ends with response.completed, response.incomplete or response.failed; there is no `[DONE]`. A failure
+after the first byte is an event `error` and response.failed.
+
+`reasoning.summary` has no effect, since none is written; the reasoning itself is in its item.
+"""
+
 PAGES: Mapping[str, Page] = MappingProxyType(
     {
         "completions": Page("/v1/completions", COMPLETIONS, _COMPLETION_NOTES),
         "chat": Page("/v1/chat/completions", CHAT, _CHAT_NOTES),
+        "responses": Page("/v1/responses", RESPONSES, _RESPONSES_NOTES),
         "messages": Page("/v1/messages", MESSAGES, _MESSAGES_NOTES),
     }
 )
