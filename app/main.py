@@ -92,7 +92,12 @@ def make_context(
         admission=Admission(admission_limits, metrics=metrics),
         sampling_defaults=folder.generation_defaults if settings.generation_config == "model" else OpenAIDefaults(),
         responses=ResponseStore(max_responses=settings.max_stored_responses),
-        limits=ApiLimits(max_body_size=settings.max_body_size, unknown_fields=unknown),
+        limits=ApiLimits(
+            max_body_size=settings.max_body_size,
+            request_timeout=settings.request_timeout,
+            queue_timeout=settings.queue_timeout,
+            unknown_fields=unknown,
+        ),
         version=__version__,
         keys=keys,
         metrics_keys=None if settings.metrics_key_file is None else KeyRing(file=Path(settings.metrics_key_file)),

@@ -117,6 +117,12 @@ class Settings(BaseSettings):
         description="answers of /v1/responses kept in memory, at most 64 MiB of them, for previous_response_id and "
         "GET; 0 keeps none",
     )
+    request_timeout: float | None = Field(
+        None, gt=0, description="seconds that a request may take; then 504. A client may set less: X-Request-Deadline"
+    )
+    queue_timeout: float | None = Field(
+        None, gt=0, description="seconds that a request may wait for its first output; then 503"
+    )
     metrics_prefix: str = Field("headwater_", description="prefix of metric names; vllm: fits existing dashboards")
     drain_timeout: float = Field(30.0, ge=0, description="seconds that live requests get to finish on SIGTERM")
     load_timeout: float = Field(600.0, gt=0, description="seconds an engine may take to load before it is replaced")

@@ -53,6 +53,10 @@ class ApiLimits:
     """Seconds from a request's headers to the end of its body."""
     keep_alive_interval: float = 10.0
     """Seconds without a byte after which a stream sends its headers or a comment."""
+    request_timeout: float | None = None
+    """Seconds from a generating request's head to its last token."""
+    queue_timeout: float | None = None
+    """Seconds to its first output."""
     unknown_fields: UnknownFields | None = None
     """None: each endpoint's own default."""
 

@@ -13,10 +13,12 @@ import msgspec
 from app.core.errors import (
     BodyTooLarge,
     ClientError,
+    DeadlineExceeded,
     EngineFailed,
     EngineUnavailable,
     InvalidRequest,
     NotFound,
+    QueueTimeout,
     ServerError,
     TooManyRequests,
     UnsupportedMedia,
@@ -74,6 +76,8 @@ _KINDS: Mapping[type[Exception], ErrorKind] = MappingProxyType(
         HeadTooLarge: ErrorKind(431, "invalid_request_error", "headers_too_large"),
         TooManyRequests: ErrorKind(429, "rate_limit_error", "rate_limit_exceeded"),
         ClientError: ErrorKind(400, "invalid_request_error", None),
+        QueueTimeout: ErrorKind(503, "server_error", "queue_timeout"),
+        DeadlineExceeded: ErrorKind(504, "server_error", "deadline_exceeded"),
         EngineUnavailable: ErrorKind(503, "server_error", "engine_unavailable"),
         EngineFailed: ErrorKind(500, "server_error", "engine_failed"),
         ServerError: ErrorKind(500, "server_error", None),
@@ -87,6 +91,7 @@ _MESSAGES_TYPES: Mapping[int, str] = MappingProxyType(
         413: "request_too_large",
         429: "rate_limit_error",
         503: "overloaded_error",
+        504: "timeout_error",
     }
 )
 """Anthropic's words for statuses."""
@@ -161,6 +166,8 @@ def error_headers(error: Exception) -> list[tuple[bytes, bytes]]:
     if isinstance(error, EngineUnavailable):
         seconds = _DEFAULT_RETRY_AFTER if error.retry_after is None else error.retry_after
         return [(b"retry-after", str(seconds).encode())]
+    if isinstance(error, DeadlineExceeded):
+        return [(b"x-should-retry", b"false")]  # OpenAI's and Anthropic's clients would, after any 5xx
     if isinstance(error, Unauthorized):
         return [(b"www-authenticate", b"Bearer")]
     if isinstance(error, MethodNotAllowed):

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 import msgspec
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from app.api.admission import Place
 from app.api.answers import AnswerForm, AnswerHead
 from app.api.body import ClientDisconnected, check_headers, read_body
+from app.api.deadline import HEADER as DEADLINE_HEADER
+from app.api.deadline import Deadline, read_deadline
 from app.api.deps import ServerContext
 from app.api.disconnect import run_until_disconnect
 from app.api.errors import is_expected, kind_of
@@ -30,7 +33,7 @@ from app.api.schemas.field_rules import FieldTable, UnknownFields, ignored_heade
 from app.api.sequence_text import Delta, SequenceAborted, SequenceText
 from app.api.sse import EventStream
 from app.api.translate import PreparedGeneration, PreparedSequence, num_ids
-from app.core.errors import EngineFailed
+from app.core.errors import DeadlineExceeded, EngineFailed, QueueTimeout
 from app.core.types import EngineLimits, EngineOutput, FinishReason
 from app.observability.sequence_meter import SequenceMeter
 
@@ -103,11 +106,13 @@ class GenerationAnswer:
         *,
         limits: EngineLimits,
         record: RequestRecord,
+        deadline: Deadline,
         ignored: Sequence[str],
     ) -> None:
         generation = prepared.generation
         self._context = context
         self._record = record
+        self._deadline = deadline
         self._request = request = generation.request
         self._headers = [(b"headwater-seed", str(generation.seed).encode()), resume_header(limits)]
         if ignored:
@@ -166,10 +171,11 @@ class GenerationAnswer:
     async def _run_all(self, emit: Emit) -> None:
         """Run every sequence to its end. The first error ends the others."""
         if len(self._live) == 1:
-            await self._run(self._live[0], emit)
+            async with self._deadline.hold():
+                await self._run(self._live[0], emit)
             return
         try:
-            async with asyncio.TaskGroup() as group:
+            async with self._deadline.hold(), asyncio.TaskGroup() as group:
                 for live in self._live:
                     group.create_task(self._run(live, emit))
         except ExceptionGroup as errors:
@@ -202,6 +208,7 @@ class GenerationAnswer:
                 )
                 if before == 0:
                     live.place.stop_waiting()
+                    self._deadline.note_output()
                 if delta.finish_reason is not None:
                     live.close(delta.finish_reason)
                     await emit(live, delta)
@@ -264,6 +271,7 @@ class GenerationRun(Response):
         """Serve the request. Errors before the first byte are raised, later ones become an event."""
         context, record = self._context, RequestRecord.of(scope)
         context.ready_limits()
+        deadline = self._deadline(scope, record)
         with ExitStack() as parsing:
             check_headers(scope, context.limits)
             room = parsing.enter_context(context.admission.enter())
@@ -271,26 +279,41 @@ class GenerationRun(Response):
                 body = await read_body(receive, context.limits, room=room)
             except ClientDisconnected:
                 return
-            serving = self._serve(body, record, send, parsing=parsing)
+            serving = self._serve(body, record, send, parsing=parsing, deadline=deadline)
             del body  # a long answer must not hold it
             await run_until_disconnect(receive, serving)
 
-    async def _serve(self, body: bytes, record: RequestRecord, send: Send, *, parsing: ExitStack) -> None:
+    def _deadline(self, scope: Scope, record: RequestRecord) -> Deadline:
+        limits, metrics = self._context.limits, self._context.metrics
+        asked = read_deadline(Headers(scope=scope).get(DEADLINE_HEADER))
+        given = [seconds for seconds in (asked, limits.request_timeout) if seconds is not None]
+        return Deadline(
+            arrived=record.arrived,
+            total=min(given, default=None),
+            queue=limits.queue_timeout,
+            on_expiry=metrics.count_timeout,
+        )
+
+    async def _serve(
+        self, body: bytes, record: RequestRecord, send: Send, *, parsing: ExitStack, deadline: Deadline
+    ) -> None:
         """Turn the body into an answer and send it. `parsing` is closed once the body is no longer held."""
         context, table = self._context, self._endpoint.table
         limits = context.ready_limits()
         unknown = table.unknown if context.limits.unknown_fields is None else context.limits.unknown_fields
         fields = decode_keys(body)
         ignored = table.sort(fields, unknown=unknown)
-        prepared = await self._endpoint.prepare(
-            body, fields, context, limits=limits, tenant=record.tenant, unknown=unknown
-        )
+        async with deadline.hold():
+            prepared = await self._endpoint.prepare(
+                body, fields, context, limits=limits, tenant=record.tenant, unknown=unknown
+            )
         ignored += prepared.ignored
-        answer = GenerationAnswer(prepared, context, limits=limits, record=record, ignored=ignored)
+        answer = GenerationAnswer(prepared, context, limits=limits, record=record, deadline=deadline, ignored=ignored)
         del body, fields
         parsing.close()
         await answer.send(send)
 
 
 def _finish_reason_of(error: Exception) -> FinishReason:
-    return FinishReason.ABORT if isinstance(error, SequenceAborted) else FinishReason.ERROR
+    is_abort = isinstance(error, SequenceAborted | DeadlineExceeded | QueueTimeout)
+    return FinishReason.ABORT if is_abort else FinishReason.ERROR

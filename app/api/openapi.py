@@ -11,6 +11,7 @@ from typing import Any, get_args
 import msgspec
 from fastapi import FastAPI
 
+from app.api.deadline import MAX_SECONDS
 from app.api.errors import BodyTimeout, ErrorBody, MessagesErrorBody, Unauthorized, kind_of
 from app.api.schemas import chat, completions, engine, messages, responses, server, tokens
 from app.api.schemas import responses_events as events
@@ -19,6 +20,7 @@ from app.api.schemas.fields import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES, RE
 from app.api.schemas.limits import MAX_PROMPTS
 from app.core.errors import (
     BodyTooLarge,
+    DeadlineExceeded,
     EngineFailed,
     EngineUnavailable,
     InvalidRequest,
@@ -88,7 +90,7 @@ BODY_ERRORS: tuple[type[Exception], ...] = (
     EngineUnavailable,
 )
 """What a route that reads a body about the model may answer."""
-GENERATION_ERRORS: tuple[type[Exception], ...] = (*BODY_ERRORS, EngineFailed)
+GENERATION_ERRORS: tuple[type[Exception], ...] = (*BODY_ERRORS, EngineFailed, DeadlineExceeded)
 
 OPEN: dict[str, Any] = {"security": []}
 """`openapi_extra` of a route that needs no key."""
@@ -102,6 +104,7 @@ _DESCRIPTIONS: Mapping[type[Exception], str] = MappingProxyType(
         BodyTooLarge: "The body is too large.",
         UnsupportedMedia: "The body is not JSON, or is compressed.",
         TooManyRequests: "Too much is in flight.",
+        DeadlineExceeded: "The time that the client or the operator gave the request is up.",
         EngineFailed: "The server failed this request.",
         EngineUnavailable: "No engine takes requests now: it is starting, failing again and again, or draining.",
     }
@@ -117,6 +120,20 @@ _GENERATION_HEADERS: Schema = {
     },
     "Headwater-Ignored": {"description": "Fields without effect.", "schema": {"type": "string"}},
 }
+
+
+_DEADLINE: Schema = {
+    "name": "X-Request-Deadline",
+    "in": "header",
+    "required": False,
+    "description": "Seconds from now that the answer may take, whole; then the request is ended.",
+    "schema": {"type": "number", "maximum": MAX_SECONDS},
+}
+
+
+def timed_body(kind: type[msgspec.Struct], **examples: object) -> dict[str, Any]:
+    """The same as `json_body` for a generating route, which takes a deadline."""
+    return {**json_body(kind, **examples), "parameters": [_DEADLINE]}
 
 
 def json_body(kind: type[msgspec.Struct], **examples: object) -> dict[str, Any]:

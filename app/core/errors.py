@@ -9,6 +9,8 @@ HeadwaterError
 │   └── TooManyRequests    429; carries retry_after
 ├── ServerError            our side failed
 │   ├── EngineUnavailable  503; starting, restarting or draining
+│   │   └── QueueTimeout   503; waited too long for its turn
+│   ├── DeadlineExceeded   504; the request's own time was up
 │   └── EngineFailed       500; this request ended by a failure
 └── ConfigurationError     the operator's settings or model cannot be served; says what to do
 
@@ -66,6 +68,14 @@ class ServerError(HeadwaterError):
 
 class EngineUnavailable(ServerError):
     """No engine takes requests now: the first one loads, they die one after another, or the server is draining."""
+
+
+class QueueTimeout(EngineUnavailable):
+    """The request waited for its first output as long as one may."""
+
+
+class DeadlineExceeded(ServerError):
+    """The time that the client or the operator gave the request is up."""
 
 
 class EngineFailed(ServerError):

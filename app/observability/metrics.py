@@ -105,6 +105,10 @@ class Metrics:
         """Admission control refused a request; `reason` is the limit that it hit."""
         self._rejections.labels(model_name=self._labels["model_name"], reason=reason).inc()
 
+    def count_timeout(self, limit: str) -> None:
+        """A request was ended because its deadline, or the longest wait in the queue, had come."""
+        self._timeouts.labels(model_name=self._labels["model_name"], limit=limit).inc()
+
     def count_cut(self, reason: str) -> None:
         """A connection was closed for what its client does: slow_reader, slow_sender, or no_room for it."""
         self._cuts.labels(model_name=self._labels["model_name"], reason=reason).inc()
@@ -179,6 +183,12 @@ class Metrics:
             self.name("admission_rejections"),
             "Requests refused because a limit was reached.",
             ["model_name", "reason"],
+            registry=self.registry,
+        )
+        self._timeouts = Counter(
+            self.name("requests_timed_out"),
+            "Requests ended because their deadline, or the longest wait for a first output, had come.",
+            ["model_name", "limit"],
             registry=self.registry,
         )
         self._cuts = Counter(

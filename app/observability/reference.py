@@ -53,6 +53,7 @@ def reference_page() -> str:
     metrics = Metrics(model_name="")
     metrics.count_rejection("")
     metrics.count_cut("")
+    metrics.count_timeout("")
     metrics.count_response(handler="", method="", status=None)
     metrics.watch_engine(lambda: EngineSnapshot("", 0, 0, None, _LIMITS))
     rows: list[str] = []

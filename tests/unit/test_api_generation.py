@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from app.api import generation
+from app.api.deadline import Deadline
 from app.api.deps import ServerContext
 from app.api.generation import GenerationAnswer, Prepared
 from app.api.record import RequestRecord
@@ -23,9 +24,10 @@ def fail(*_args: Any, **_options: Any) -> Any:
 async def answer(context: ServerContext) -> None:
     limits = fake_limits(vocab_size=context.tokenizer.vocab_size)
     prepared = await prepare_completion(CompletionRequest(prompt=["a", "b"], n=2), context, limits=limits)
-    GenerationAnswer(
-        Prepared(prepared, "m", make_form=fail), context, limits=limits, record=RequestRecord("r"), ignored=()
-    )
+    record = RequestRecord("r")
+    deadline = Deadline(arrived=record.arrived, total=None, queue=None, on_expiry=fail)
+    prepared_answer = Prepared(prepared, "m", make_form=fail)
+    GenerationAnswer(prepared_answer, context, limits=limits, record=record, deadline=deadline, ignored=())
 
 
 @pytest.mark.parametrize("num_good", [0, 3, 4])

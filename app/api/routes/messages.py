@@ -8,7 +8,7 @@ from app.api.errors import MessagesErrorBody
 from app.api.generation import GenerationRun
 from app.api.messages_form import MessagesEndpoint
 from app.api.messages_prompt import render_conversation
-from app.api.openapi import BODY_ERRORS, json_body, json_reply, messages_reply
+from app.api.openapi import BODY_ERRORS, json_body, json_reply, messages_reply, timed_body
 from app.api.respond import JsonResponse
 from app.api.schemas.decode import decode_keys, decode_struct
 from app.api.schemas.field_rules import ignored_header
@@ -31,7 +31,7 @@ def routes(context: ServerContext) -> APIRouter:
     @router.post(
         "/v1/messages",
         responses=messages_reply(),
-        openapi_extra=json_body(MessagesRequest, **_EXAMPLES),
+        openapi_extra=timed_body(MessagesRequest, **_EXAMPLES),
         response_class=Response,
     )
     async def create_message() -> Response:

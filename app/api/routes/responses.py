@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 
 from app.api.deps import ServerContext
 from app.api.generation import GenerationRun
-from app.api.openapi import json_body, json_reply, responses_reply
+from app.api.openapi import json_reply, responses_reply, timed_body
 from app.api.record import RequestRecord
 from app.api.respond import JSON, JsonResponse
 from app.api.responses_form import ResponsesEndpoint
@@ -33,7 +33,7 @@ def routes(context: ServerContext) -> APIRouter:
     @router.post(
         "/v1/responses",
         responses=responses_reply(),
-        openapi_extra=json_body(ResponsesRequest, **_EXAMPLES),
+        openapi_extra=timed_body(ResponsesRequest, **_EXAMPLES),
         response_class=Response,
     )
     async def create_response() -> Response:
