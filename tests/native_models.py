@@ -110,7 +110,12 @@ def _biased(config: Mapping[str, Any]) -> set[str]:
 
 def load_native(folder: Path, **settings: Any) -> NativeRunner:
     """A runner with a fixed budget and a pool of 64 blocks, unless told otherwise."""
-    defaults: dict[str, Any] = {"num_kv_blocks": 64, "max_num_batched_tokens": 512, "num_threads": 1}
+    defaults: dict[str, Any] = {
+        "num_kv_blocks": 64,
+        "max_num_batched_tokens": 512,
+        "num_threads": 1,
+        "eos_token_ids": (0,),
+    }
     return load(EngineConfig(model_dir=str(folder), **{**defaults, **settings}))
 
 
