@@ -15,6 +15,7 @@ from app.api.admission import Admission, AdmissionLimits
 from app.api.app import create_app as create_api
 from app.api.deps import ApiLimits, OpenAIDefaults, ServerContext
 from app.api.hosts import loopback_hosts
+from app.api.kept import KeptStreams
 from app.api.keys import KeyRing
 from app.api.responses_store import ResponseStore
 from app.api.schemas.field_rules import UnknownFields
@@ -98,6 +99,7 @@ def make_context(
             queue_timeout=settings.queue_timeout,
             unknown_fields=unknown,
         ),
+        kept=KeptStreams(window=settings.resume_window),
         version=__version__,
         keys=keys,
         metrics_keys=None if settings.metrics_key_file is None else KeyRing(file=Path(settings.metrics_key_file)),

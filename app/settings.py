@@ -125,6 +125,9 @@ class Settings(BaseSettings):
     )
     metrics_prefix: str = Field("headwater_", description="prefix of metric names; vllm: fits existing dashboards")
     drain_timeout: float = Field(30.0, ge=0, description="seconds that live requests get to finish on SIGTERM")
+    resume_window: float = Field(
+        60.0, ge=0, le=3600, description="seconds that a resumable stream is kept after its connection ended; 0 is off"
+    )
     load_timeout: float = Field(600.0, gt=0, description="seconds an engine may take to load before it is replaced")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON lines")

@@ -35,7 +35,14 @@ from app.api.routes import (
 )
 from app.core.errors import HeadwaterError, InvalidRequest, NotFound
 
-_EXPOSED_HEADERS = ("x-request-id", "retry-after", "headwater-seed", "headwater-ignored", "headwater-resume")
+_EXPOSED_HEADERS = (
+    "x-request-id",
+    "retry-after",
+    "headwater-seed",
+    "headwater-ignored",
+    "headwater-resume",
+    "headwater-resumed",
+)
 
 
 def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:

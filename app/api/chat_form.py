@@ -105,7 +105,7 @@ class ChatForm:
         options = request.stream_options
         self._ends_with_usage = options is not None and bool(options.include_usage)
         self._with_usage = options is not None and bool(options.continuous_usage_stats)
-        self._tools = None if plan is None else [ToolText(plan) for _ in texts]
+        self._tools = None if plan is None else [ToolText(plan, id_key=self._id_key(text)) for text in texts]
         """Of each sequence."""
         self._is_plain = not (request.logprobs or request.return_token_ids or self._with_usage)
         self._chunk = ChatChunk(
@@ -180,6 +180,10 @@ class ChatForm:
         if request.return_token_ids:
             answer.prompt_token_ids = prompt.token_ids
         return answer
+
+    def _id_key(self, text: SequenceText) -> str | None:
+        head = self._head
+        return f"{head.request_id}/{head.created}/{text.prepared.index}" if self._request.is_resumable else None
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> ChatChoice:
         message = self._message(index, deltas)

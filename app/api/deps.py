@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from app.api.admission import Admission
+from app.api.kept import KeptStreams
 from app.api.keys import KeyRing
 from app.api.responses_store import ResponseStore
 from app.api.schemas.field_rules import UnknownFields
@@ -78,6 +79,8 @@ class ServerContext:
     responses: ResponseStore = field(default_factory=ResponseStore)
     """Answers of /v1/responses that are kept."""
     limits: ApiLimits = field(default_factory=ApiLimits)
+    kept: KeptStreams = field(default_factory=KeptStreams)
+    """Streams that clients may go on with."""
     version: str
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix time for /v1/models."""

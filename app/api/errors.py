@@ -46,6 +46,14 @@ class BodyTimeout(ClientError):
     """The body did not arrive in time."""
 
 
+class ResumeConflict(ClientError):
+    """The stream that the client goes on with is another server's or another request's."""
+
+
+class ResumeDiverged(ServerError):
+    """A stream that was to go on said something else than the client has."""
+
+
 class HeadTimeout(ClientError):
     """The headers did not arrive in time."""
 
@@ -71,6 +79,7 @@ _KINDS: Mapping[type[Exception], ErrorKind] = MappingProxyType(
         MethodNotAllowed: ErrorKind(405, "invalid_request_error", "method_not_allowed"),
         HeadTimeout: ErrorKind(408, "invalid_request_error", "request_timeout"),
         BodyTimeout: ErrorKind(408, "invalid_request_error", "request_timeout"),
+        ResumeConflict: ErrorKind(409, "invalid_request_error", "resume_conflict"),
         BodyTooLarge: ErrorKind(413, "invalid_request_error", "body_too_large"),
         UnsupportedMedia: ErrorKind(415, "invalid_request_error", "unsupported_media_type"),
         HeadTooLarge: ErrorKind(431, "invalid_request_error", "headers_too_large"),
@@ -80,6 +89,7 @@ _KINDS: Mapping[type[Exception], ErrorKind] = MappingProxyType(
         DeadlineExceeded: ErrorKind(504, "server_error", "deadline_exceeded"),
         EngineUnavailable: ErrorKind(503, "server_error", "engine_unavailable"),
         EngineFailed: ErrorKind(500, "server_error", "engine_failed"),
+        ResumeDiverged: ErrorKind(500, "server_error", "resume_diverged"),
         ServerError: ErrorKind(500, "server_error", None),
     }
 )

@@ -20,11 +20,13 @@ from starlette.types import Receive, Scope, Send
 from app.api.admission import Place
 from app.api.answers import AnswerForm, AnswerHead
 from app.api.body import ClientDisconnected, check_headers, read_body
+from app.api.cursor import LAST_EVENT_ID
 from app.api.deadline import HEADER as DEADLINE_HEADER
 from app.api.deadline import Deadline, read_deadline
 from app.api.deps import ServerContext
 from app.api.disconnect import run_until_disconnect
 from app.api.errors import is_expected, kind_of
+from app.api.portable_plan import plan_stream
 from app.api.record import RequestRecord
 from app.api.respond import JSON
 from app.api.resumption import INEXACT_COMMENT, resume_header
@@ -108,29 +110,36 @@ class GenerationAnswer:
         record: RequestRecord,
         deadline: Deadline,
         ignored: Sequence[str],
+        last_event_id: str = "",
     ) -> None:
         generation = prepared.generation
         self._context = context
         self._record = record
         self._deadline = deadline
         self._request = request = generation.request
+        request_id = record.request_id if request.request_id is None else request.request_id
+        head = AnswerHead(
+            request_id, int(time.time()), prepared.model, fingerprint=limits.fingerprint, seed=generation.seed
+        )
+        self._portable = portable = plan_stream(
+            generation, head, limits=limits, kept=context.kept, last_event_id=last_event_id
+        )
+        if portable is not None:
+            generation, head = portable.generation, portable.head
         self._headers = [(b"headwater-seed", str(generation.seed).encode()), resume_header(limits)]
         if ignored:
             self._headers.append((b"headwater-ignored", ignored_header(ignored)))
         self._is_exact = limits.row_independent
         self._events: EventStream | None = None
         """Of a streamed answer."""
-        head = AnswerHead(
-            request_id=record.request_id if request.request_id is None else request.request_id,
-            created=int(time.time()),
-            model=prepared.model,
-            fingerprint=limits.fingerprint,
-            seed=generation.seed,
-        )
-        with ExitStack() as undo:
-            self._live = self._admit(generation, limits, undo=undo)
-            self._form = prepared.make_form(head, [live.text for live in self._live])
-            undo.pop_all()  # from here on `send` closes them
+        tokenizer, ends = context.tokenizer, limits.eos_token_ids
+        texts = [SequenceText(one, request, tokenizer, eos_token_ids=ends) for one in generation.sequences]
+        self._form = prepared.make_form(head, texts)
+        if portable is not None:
+            self._form = portable.form(self._form, texts)
+            self._headers += portable.headers
+            texts = [text for text, start in zip(texts, portable.starts, strict=True) if not start.is_over]
+        self._live = self._admit(texts, limits)
         record.is_stream = bool(request.stream)
         record.generation = context.engine.status.generation
         record.meters = tuple(live.meter for live in self._live)
@@ -138,6 +147,8 @@ class GenerationAnswer:
     async def send(self, send: Send) -> None:
         """Run all sequences and send the answer."""
         reason = FinishReason.ABORT
+        if self._portable is not None:
+            self._portable.open()
         try:
             if self._request.stream:
                 await self._send_stream(send)
@@ -149,23 +160,22 @@ class GenerationAnswer:
         finally:
             for live in self._live:
                 live.close(reason)
+            if self._portable is not None:
+                self._portable.close()
 
-    def _admit(self, prepared: PreparedGeneration, limits: EngineLimits, *, undo: ExitStack) -> list[LiveSequence]:
-        context, request = self._context, self._request
-        counts = [len(sequence.prompt.token_ids) for sequence in prepared.sequences]
-        num_param_ids = num_ids(prepared.sequences[0].engine_request.params)
+    def _admit(self, texts: Sequence[SequenceText], limits: EngineLimits) -> list[LiveSequence]:
+        """Nothing may fail behind it: from here on `send` gives the places back."""
+        context, arrived = self._context, self._record.arrived
+        counts = [len(text.prepared.prompt.token_ids) + text.num_output_tokens for text in texts]
+        num_param_ids = num_ids(texts[0].prepared.engine_request.params) if texts else 0
         places = context.admission.admit(counts, max_model_len=limits.max_model_len, num_param_ids=num_param_ids)
-        for place in places:
-            undo.callback(place.leave)
-        context.metrics.params_n.observe(request.num_samples)
+        context.metrics.params_n.observe(self._request.num_samples)
         live: list[LiveSequence] = []
-        for sequence, place in zip(prepared.sequences, places, strict=True):
-            text = SequenceText(sequence, request, context.tokenizer, eos_token_ids=limits.eos_token_ids)
-            meter = SequenceMeter(
-                context.metrics, arrived=self._record.arrived, num_prompt_tokens=len(sequence.prompt.token_ids)
-            )
-            context.metrics.params_max_tokens.observe(sequence.engine_request.params.max_tokens)
-            live.append(LiveSequence(sequence, text=text, meter=meter, place=place))
+        for text, place in zip(texts, places, strict=True):
+            prepared = text.prepared
+            meter = SequenceMeter(context.metrics, arrived=arrived, num_prompt_tokens=len(prepared.prompt.token_ids))
+            context.metrics.params_max_tokens.observe(prepared.engine_request.params.max_tokens)
+            live.append(LiveSequence(prepared, text=text, meter=meter, place=place))
         return live
 
     async def _run_all(self, emit: Emit) -> None:
@@ -183,11 +193,9 @@ class GenerationAnswer:
 
     async def _run(self, live: LiveSequence, emit: Emit) -> None:
         # Closing the generator early is what aborts the sequence, so it is closed on every way out.
-        generated = cast(
-            "AsyncGenerator[EngineOutput, None]", self._context.engine.generate(live.prepared.engine_request)
-        )
         text, meter = live.text, live.meter
-        async with aclosing(generated) as outputs:
+        is_waiting = True
+        async with aclosing(self._outputs_of(live)) as outputs:
             async for output in outputs:
                 before = text.num_output_tokens
                 if output.was_handed_over:
@@ -206,7 +214,8 @@ class GenerationAnswer:
                     now=time.monotonic(),
                     num_cached_tokens=output.num_cached_tokens,
                 )
-                if before == 0:
+                if is_waiting:
+                    is_waiting = False
                     live.place.stop_waiting()
                     self._deadline.note_output()
                 if delta.finish_reason is not None:
@@ -216,10 +225,23 @@ class GenerationAnswer:
                 await emit(live, delta)
         raise EngineFailed("The engine ended this request without a reason.")
 
+    def _outputs_of(self, live: LiveSequence) -> AsyncGenerator[EngineOutput, None]:
+        engine, prepared = self._context.engine, live.prepared
+        if self._portable is not None:
+            return self._portable.outputs(prepared.index, engine)
+        return cast("AsyncGenerator[EngineOutput, None]", engine.generate(prepared.engine_request))
+
     async def _note_hand_over(self) -> None:
         self._context.metrics.count_hand_over(is_exact=self._is_exact)
         if not self._is_exact and self._events is not None:
             await self._events.send(INEXACT_COMMENT)
+
+    async def _note_resumption(self, events: EventStream) -> None:
+        if self._portable is None or (source := self._portable.source) is None:
+            return
+        self._context.metrics.count_resumption(source.name.lower())
+        if not self._is_exact:
+            await events.send(INEXACT_COMMENT)
 
     async def _send_whole(self, send: Send) -> None:
         async def collect(live: LiveSequence, delta: Delta) -> None:
@@ -241,9 +263,11 @@ class GenerationAnswer:
         event = self._form.event
 
         async def forward(live: LiveSequence, delta: Delta) -> None:
-            await events.send(event(live.prepared.index, delta))
+            if data := event(live.prepared.index, delta):  # none where all is held back, or the client has it
+                await events.send(data)
 
         try:
+            await self._note_resumption(events)
             await self._run_all(forward)
             await events.end(self._form.end())
         except Exception as error:
@@ -279,7 +303,8 @@ class GenerationRun(Response):
                 body = await read_body(receive, context.limits, room=room)
             except ClientDisconnected:
                 return
-            serving = self._serve(body, record, send, parsing=parsing, deadline=deadline)
+            last_event_id = Headers(scope=scope).get(LAST_EVENT_ID, "")
+            serving = self._serve(body, record, send, parsing=parsing, deadline=deadline, last_event_id=last_event_id)
             del body  # a long answer must not hold it
             await run_until_disconnect(receive, serving)
 
@@ -295,7 +320,14 @@ class GenerationRun(Response):
         )
 
     async def _serve(
-        self, body: bytes, record: RequestRecord, send: Send, *, parsing: ExitStack, deadline: Deadline
+        self,
+        body: bytes,
+        record: RequestRecord,
+        send: Send,
+        *,
+        parsing: ExitStack,
+        deadline: Deadline,
+        last_event_id: str,
     ) -> None:
         """Turn the body into an answer and send it. `parsing` is closed once the body is no longer held."""
         context, table = self._context, self._endpoint.table
@@ -308,7 +340,15 @@ class GenerationRun(Response):
                 body, fields, context, limits=limits, tenant=record.tenant, unknown=unknown
             )
         ignored += prepared.ignored
-        answer = GenerationAnswer(prepared, context, limits=limits, record=record, deadline=deadline, ignored=ignored)
+        answer = GenerationAnswer(
+            prepared,
+            context,
+            limits=limits,
+            record=record,
+            deadline=deadline,
+            ignored=ignored,
+            last_event_id=last_event_id,
+        )
         del body, fields
         parsing.close()
         await answer.send(send)

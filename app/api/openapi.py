@@ -11,8 +11,9 @@ from typing import Any, get_args
 import msgspec
 from fastapi import FastAPI
 
+from app.api.cursor import LAST_EVENT_ID, MAX_CURSOR_CHARS
 from app.api.deadline import MAX_SECONDS
-from app.api.errors import BodyTimeout, ErrorBody, MessagesErrorBody, Unauthorized, kind_of
+from app.api.errors import BodyTimeout, ErrorBody, MessagesErrorBody, ResumeConflict, Unauthorized, kind_of
 from app.api.schemas import chat, completions, engine, messages, responses, server, tokens
 from app.api.schemas import responses_events as events
 from app.api.schemas.field_rules import FieldTable, UnknownFields
@@ -103,6 +104,7 @@ _DESCRIPTIONS: Mapping[type[Exception], str] = MappingProxyType(
         BodyTimeout: "The body did not arrive in time.",
         BodyTooLarge: "The body is too large.",
         UnsupportedMedia: "The body is not JSON, or is compressed.",
+        ResumeConflict: "The cursor belongs to another server's model or another request; `error.code` says which.",
         TooManyRequests: "Too much is in flight.",
         DeadlineExceeded: "The time that the client or the operator gave the request is up.",
         EngineFailed: "The server failed this request.",
@@ -118,6 +120,10 @@ _GENERATION_HEADERS: Schema = {
         "description": "Whether an answer that outlives its engine goes on with the very same tokens.",
         "schema": {"enum": ["exact", "approximate"]},
     },
+    "Headwater-Resumed": {
+        "description": "Of a stream that goes on: where the tokens came from that its client had.",
+        "schema": {"enum": ["journal", "tokens", "decode"]},
+    },
     "Headwater-Ignored": {"description": "Fields without effect.", "schema": {"type": "string"}},
 }
 
@@ -131,9 +137,22 @@ _DEADLINE: Schema = {
 }
 
 
+_LAST_EVENT_ID: Schema = {
+    "name": LAST_EVENT_ID,
+    "in": "header",
+    "description": "The `id` of the last event of a resumable stream, with its request: it goes on behind it.",
+    "schema": {"type": "string", "maxLength": MAX_CURSOR_CHARS, "pattern": "^[A-Za-z0-9_-]*$"},
+}
+
+
 def timed_body(kind: type[msgspec.Struct], **examples: object) -> dict[str, Any]:
     """The same as `json_body` for a generating route, which takes a deadline."""
     return {**json_body(kind, **examples), "parameters": [_DEADLINE]}
+
+
+def resumable_body(kind: type[msgspec.Struct], **examples: object) -> dict[str, Any]:
+    """The same for one whose streams can be gone on with."""
+    return {**json_body(kind, **examples), "parameters": [_DEADLINE, _LAST_EVENT_ID]}
 
 
 def json_body(kind: type[msgspec.Struct], **examples: object) -> dict[str, Any]:
@@ -162,10 +181,12 @@ def json_reply(
 
 def stream_reply(whole: type[msgspec.Struct], chunk: type[msgspec.Struct]) -> Responses:
     """`responses` of a generating route: the whole answer, or a stream of chunks."""
-    replies = json_reply(whole, GENERATION_ERRORS)
+    replies = json_reply(whole, (*GENERATION_ERRORS, ResumeConflict))
     replies[200]["description"] = f"The answer; with `stream: true` as server-sent events of {chunk.__name__}."
     end = "A failure after the first byte is an ErrorBody. The last event is `[DONE]`."
     _add_events(replies, (chunk, ErrorBody), end)
+    event = replies[200]["content"]["text/event-stream"]["schema"]
+    event["properties"]["id"] = {"type": "string", "description": f"For `{LAST_EVENT_ID}`, in a resumable stream."}
     return replies
 
 

@@ -7,6 +7,7 @@ schemas by a grammar in the form that its template uses, so that their arguments
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from app.api.constraint import format_schema
 from app.api.schemas.chat import ChatRequest
@@ -47,9 +48,11 @@ class WrittenCall:
 class ToolText:
     """The text and the calls of one sequence. Feed it every delta, in order."""
 
-    def __init__(self, plan: ToolPlan, *, id_prefix: str = "call_") -> None:
+    def __init__(self, plan: ToolPlan, *, id_prefix: str = "call_", id_key: str | None = None) -> None:
+        """`id_key`: what the calls' ids follow from where another server must give the same; else they are drawn."""
         self._parser = ToolParser(plan.names, single=plan.single)
         self._id_prefix = id_prefix
+        self._id_key = id_key
         self._ids: list[str] = []
 
     @property
@@ -67,10 +70,15 @@ class ToolText:
         return ToolStep(step.text + last.text, (*step.calls, *last.calls))
 
     def id_of(self, call: int) -> str:
-        """Of call 0, 1, ...: drawn when it is first asked for."""
+        """Of call 0, 1, ...: made when it is first asked for."""
         while len(self._ids) <= call:
-            self._ids.append(self._id_prefix + secrets.token_hex(12))
+            self._ids.append(self._id_prefix + self._new_id())
         return self._ids[call]
+
+    def _new_id(self) -> str:
+        if self._id_key is None:
+            return secrets.token_hex(12)
+        return blake2b(f"{self._id_key}/{len(self._ids)}".encode(), digest_size=12).hexdigest()
 
     def whole(self, deltas: Iterable[Delta]) -> tuple[str, list[WrittenCall]]:
         """All text, and all calls, of all deltas at once."""

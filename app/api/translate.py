@@ -10,7 +10,7 @@ other prompts.
 import asyncio
 import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TypeVar
 
@@ -104,6 +104,18 @@ async def prepare_sequences(
             )
             sequences.append(PreparedSequence(index, prompt_index, prompt, engine_request))
     return PreparedGeneration(request, seed, tuple(sequences))
+
+
+def reseed(generation: PreparedGeneration, seed: int) -> PreparedGeneration:
+    """The same with this seed in place of the one that was given or drawn."""
+    num_samples = generation.request.num_samples
+    sequences = []
+    for sequence in generation.sequences:
+        own = derive_seed(seed, sequence.index % num_samples)
+        params = msgspec.structs.replace(sequence.engine_request.params, seed=own)
+        engine_request = msgspec.structs.replace(sequence.engine_request, params=params)
+        sequences.append(replace(sequence, engine_request=engine_request))
+    return replace(generation, seed=seed, sequences=tuple(sequences))
 
 
 def derive_seed(seed: int, sample: int) -> int:

@@ -117,6 +117,10 @@ class Metrics:
         """A sequence went on after its engine was replaced, with the very same tokens or perhaps not."""
         self._hand_overs["exact" if is_exact else "approximate"].inc()
 
+    def count_resumption(self, source: str) -> None:
+        """A stream went on after its connection; `source`: where the tokens came from that its client had."""
+        self._resumptions.labels(*self._labels.values(), source).inc()
+
     def count_response(self, *, handler: str, method: str, status: int | None) -> None:
         """A request was answered; status None: the client was gone before the first byte."""
         self._responses.labels(handler, method, "disconnected" if status is None else str(status)).inc()
@@ -176,6 +180,12 @@ class Metrics:
         self._hand_overs = {
             resume: handed_over.labels(*self._labels.values(), resume) for resume in ("exact", "approximate")
         }
+        self._resumptions = Counter(
+            self.name("streams_resumed"),
+            "Streams that went on after their connection, by where their tokens came from.",
+            [*self._labels, "source"],
+            registry=self.registry,
+        )
         self._finished = {reason: finished.labels(*self._labels.values(), reason.value) for reason in FinishReason}
 
     def _make_http_metrics(self) -> None:

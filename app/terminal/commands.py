@@ -13,17 +13,18 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_VARIABLE = "OPENAI_API_KEY"
+SEVERAL = "several, divided by commas, go on with each other's answers"
 
 
 def register(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the commands that talk to a server."""
     chat = commands.add_parser("chat", help="talk to the model; starts a server where none runs")
-    _add_server(chat, f"default: {DEFAULT_URL}, or a server of its own where none runs there")
+    _add_server(chat, f"{SEVERAL}; default: {DEFAULT_URL}, or a server of its own where none runs there")
     chat.add_argument("--system", help="system prompt")
     chat.set_defaults(command=_chat)
 
     complete = commands.add_parser("complete", help="complete standard input on standard output")
-    _add_server(complete, f"default: {DEFAULT_URL}")
+    _add_server(complete, f"{SEVERAL}; default: {DEFAULT_URL}")
     complete.add_argument("--max-tokens", type=int, default=256, metavar="N", help="most tokens [%(default)s]")
     complete.add_argument("--temperature", type=float, help="0 is greedy; default: the server's")
     complete.add_argument("--seed", type=int, help="key of the draws; default: drawn")
@@ -50,7 +51,8 @@ def _chat(options: argparse.Namespace) -> int:
     from app.terminal.wire import Api, ApiError, Unreachable
 
     def connect(stack: ExitStack) -> tuple[Api, str | None]:
-        api = stack.enter_context(Api(DEFAULT_URL if options.url is None else options.url, key=_key()))
+        url = DEFAULT_URL if options.url is None else options.url
+        api = stack.enter_context(Api(url, key=_key(), on_cut=_tell))
         try:
             api.ready()
         except Unreachable:
@@ -87,6 +89,7 @@ def _complete(options: argparse.Namespace) -> int:
         max_tokens=options.max_tokens,
         temperature=options.temperature,
         seed=options.seed,
+        on_cut=_tell,
     )
     try:
         complete(asked, source=sys.stdin.buffer, sink=standard_output())
@@ -116,6 +119,10 @@ def _demo(options: argparse.Namespace) -> int:
     except ApiError as error:
         return _failed(error)
     return result.verdict.exit_code
+
+
+def _tell(reason: str) -> None:
+    remark(f"headwater: {reason}; going on")
 
 
 def _failed(error: Exception) -> int:

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import IO, NamedTuple
 
 from app.terminal.show import printable
@@ -20,6 +21,8 @@ class CompleteOptions(NamedTuple):
     max_tokens: int
     temperature: float | None
     seed: int | None
+    on_cut: Callable[[str], None] | None = None
+    """Is told when the answer must go on elsewhere."""
 
 
 def complete(options: CompleteOptions, *, source: IO[bytes], sink: IO[str]) -> None:
@@ -30,7 +33,7 @@ def complete(options: CompleteOptions, *, source: IO[bytes], sink: IO[str]) -> N
     prompt = _read_prompt(source)
     is_terminal = sink.isatty()
     finish_reason: str | None = None
-    with Api(options.url, key=options.key) as api:
+    with Api(options.url, key=options.key, on_cut=options.on_cut) as api:
         body = {"model": api.choose_model(options.model).id, "prompt": prompt, "max_tokens": options.max_tokens}
         body |= {"temperature": options.temperature, "seed": options.seed}
         given = {name: value for name, value in body.items() if value is not None}

@@ -4,7 +4,7 @@ Every failure is an `ApiError` whose message says what was asked of whom. Bodies
 lack what ours says of itself: those fields are None.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -12,10 +12,13 @@ import httpx
 import msgspec
 
 from app.core.errors import HeadwaterError
+from app.terminal.resume import Lost, Refused, ResumingStream
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 300.0
 """Between two events: an engine that is replaced loads its model meanwhile."""
+PATIENCE_SECONDS = 30.0
+"""Without a new token, while no server answers."""
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -88,11 +91,21 @@ class Lines:
 
 
 class Api:
-    """One server, spoken to in order. Close it, or use it as a context manager."""
+    """One server, or several of the same model, spoken to in order. Close it, or use it as a context manager."""
 
-    def __init__(self, url: str, *, key: str | None = None) -> None:
-        self.url = base_url(url)
-        self._http = httpx.Client(**client_options(self.url, key=key))
+    def __init__(self, url: str, *, key: str | None = None, on_cut: Callable[[str], None] | None = None) -> None:
+        """`url`: one, or several divided by commas; `on_cut` is told when an answer must go on elsewhere."""
+        self._urls = [base_url(one) for one in url.split(",")]
+        options = client_options(self.url, key=key)
+        self._http = httpx.Client(**options | {"trust_env": not all(map(is_loopback, self._urls))})
+        self._on_cut = on_cut
+        self._can_resume = False
+        """The server is one of ours: its streams have cursors."""
+
+    @property
+    def url(self) -> str:
+        """The server that answered last."""
+        return self._urls[0]
 
     def __enter__(self) -> "Api":
         return self
@@ -116,6 +129,7 @@ class Api:
         if not chosen:
             names = ", ".join(model.id for model in models) or "none"
             raise ApiError(f"{self.url} does not serve {name!r}; it serves: {names}")
+        self._can_resume = chosen[0].row_independent is not None
         return chosen[0]
 
     def ready(self) -> Ready | None:
@@ -123,9 +137,15 @@ class Api:
         return read_ready(self._get("/ready"))
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Generator[Delta, None, None]:
-        """Post a request and yield what comes. Closing the iterator closes the connection: the server stops."""
+        """Post a request and yield what comes. Closing the iterator closes the connection: the server stops.
+
+        Of a server of ours, once a model was chosen, the answer goes on where a connection breaks.
+        """
+        if self._can_resume:
+            yield from self._resuming(path, body)
+            return
         try:
-            with self._http.stream("POST", path, json=dict(body)) as response:
+            with self._http.stream("POST", self.url + path, json=dict(body)) as response:
                 if response.status_code != 200:
                     response.read()
                     raise response_error(response)
@@ -135,9 +155,26 @@ class Api:
         except httpx.HTTPError as error:
             raise transport_error(self.url, error) from None
 
-    def _get(self, path: str) -> httpx.Response:
+    def _resuming(self, path: str, body: Mapping[str, Any]) -> Generator[Delta, None, None]:
+        stream = ResumingStream(self._urls, path, body, patience=PATIENCE_SECONDS, on_cut=self._on_cut, http=self._http)
         try:
-            return self._http.get(path)
+            for chunk in stream:
+                if (delta := _delta_of(msgspec.convert(chunk, _Event))) is not None:
+                    yield delta
+        except Refused as error:
+            raise ApiError(str(error), status=error.status, code=error.code) from None
+        except Lost as error:
+            raise Unreachable(str(error)) from None
+
+    def _get(self, path: str) -> httpx.Response:
+        """From the first server that answers; it is the first one then."""
+        for _ in self._urls[1:]:
+            try:
+                return self._http.get(self.url + path)
+            except httpx.TransportError:
+                self._urls.append(self._urls.pop(0))
+        try:
+            return self._http.get(self.url + path)
         except httpx.HTTPError as error:
             raise transport_error(self.url, error) from None
 
@@ -180,6 +217,10 @@ def read_line(line: str) -> Delta | None:
         raise ApiError(f"the server sent an event that is not of this API: {payload[:200]!r}") from None
     if event.error is not None:
         raise ApiError(f"the server ended the answer: {_error_message(event.error)}")
+    return _delta_of(event)
+
+
+def _delta_of(event: _Event) -> Delta | None:
     if not event.choices:
         return None
     choice = event.choices[0]

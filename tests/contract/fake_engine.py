@@ -53,7 +53,7 @@ def fake_logprobs(token_id: int, position: int, count: int, vocab_size: int) -> 
 
 @dataclass
 class FakeEngine:
-    """Outputs `script`, then EOS, one token a step."""
+    """Outputs `script`, then EOS, one token a step; after tokens that were handed over it goes on behind them."""
 
     script: tuple[int, ...]
     limits_when_ready: EngineLimits
@@ -119,7 +119,7 @@ class FakeEngine:
         if params.max_tokens == 0:
             yield self._output(request, (), 0, FinishReason.LENGTH)
             return
-        made = 0
+        made = len(request.output_token_ids)
         while True:
             batch: list[int] = []
             reason: FinishReason | None = None

@@ -18,6 +18,7 @@ from app.api.admission import Admission, AdmissionLimits
 from app.api.app import create_app
 from app.api.connections import ConnectionRoom
 from app.api.deps import ApiLimits, OpenAIDefaults, SamplingDefaults, ServerContext
+from app.api.kept import KeptStreams
 from app.api.keys import KeyRing
 from app.api.protocol import BoundedHttpProtocol
 from app.api.responses_store import ResponseStore
@@ -133,6 +134,7 @@ def make_context(
     runs_engine: bool = False,
     page: bool = True,
     responses: ResponseStore | None = None,
+    kept: KeptStreams | None = None,
 ) -> ServerContext:
     """A context with what a test does not care about filled in."""
     metrics = Metrics(model_name=MODEL, prefix=prefix)
@@ -151,6 +153,7 @@ def make_context(
         responses=ResponseStore() if responses is None else responses,
         docs=docs,
         limits=ApiLimits() if limits is None else limits,
+        kept=KeptStreams() if kept is None else kept,
         version="0.0-test",
         runs_engine=runs_engine,
         page=page,

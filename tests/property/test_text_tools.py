@@ -167,6 +167,21 @@ def test_the_splits_do_not_matter_and_nothing_is_lost_without_calls(
     assert not single or len(calls) <= 1
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.lists(FRAGMENTS, max_size=14), st.integers(0, 200), st.booleans())
+def test_what_is_released_behind_a_text_does_not_depend_on_its_splits(parts: list[str], cut: int, single: bool) -> None:
+    """A stream that goes on elsewhere is told its first part at once, and must add what was left to say."""
+    text = "".join(parts)
+    cut %= len(text) + 1
+    by_character, at_once = ToolParser(NAMES, single=single), ToolParser(NAMES, single=single)
+    steps = [by_character.push(char) for char in text[:cut]]
+    step = at_once.push(text[:cut])
+    assert "".join(one.text for one in steps) == step.text
+    for call in {delta.call for one in steps for delta in one.calls} | {delta.call for delta in step.calls}:
+        pieces = [delta.arguments for one in steps for delta in one.calls if delta.call == call]
+        assert "".join(pieces) == next(delta.arguments for delta in step.calls if delta.call == call)
+
+
 def test_arguments_are_streamed_as_they_come_and_text_is_not_held() -> None:
     parser = ToolParser(NAMES)
     assert parser.push("Well, ").text == "Well,"

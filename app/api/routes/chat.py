@@ -5,7 +5,7 @@ from fastapi import APIRouter, Response
 from app.api.chat_form import ChatEndpoint
 from app.api.deps import ServerContext
 from app.api.generation import GenerationRun
-from app.api.openapi import stream_reply, timed_body
+from app.api.openapi import resumable_body, stream_reply
 from app.api.schemas.chat import ChatChunk, ChatRequest, ChatResponse
 
 _EXAMPLES = {
@@ -31,7 +31,7 @@ def routes(context: ServerContext) -> APIRouter:
     @router.post(
         "/v1/chat/completions",
         responses=stream_reply(ChatResponse, ChatChunk),
-        openapi_extra=timed_body(ChatRequest, **_EXAMPLES),
+        openapi_extra=resumable_body(ChatRequest, **_EXAMPLES),
         response_class=Response,
     )
     async def create_chat_completion() -> Response:

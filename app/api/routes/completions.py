@@ -5,7 +5,7 @@ from fastapi import APIRouter, Response
 from app.api.completion_form import CompletionEndpoint
 from app.api.deps import ServerContext
 from app.api.generation import GenerationRun
-from app.api.openapi import stream_reply, timed_body
+from app.api.openapi import resumable_body, stream_reply
 from app.api.schemas.completions import CompletionRequest, CompletionResponse
 
 _EXAMPLES = {
@@ -22,7 +22,7 @@ def routes(context: ServerContext) -> APIRouter:
     @router.post(
         "/v1/completions",
         responses=stream_reply(CompletionResponse, CompletionResponse),
-        openapi_extra=timed_body(CompletionRequest, **_EXAMPLES),
+        openapi_extra=resumable_body(CompletionRequest, **_EXAMPLES),
         response_class=Response,
     )
     async def create_completion() -> Response:

@@ -39,7 +39,12 @@ _SHARED: tuple[Honoured, ...] = (
     Honoured("structured_outputs", "none", "one of json, json_object, regex, choice, grammar", "The same, vLLM's way."),
     Honoured("prompt_logprobs", "none", "0 to 20; not with `stream`", "Those of the prompt, in vLLM's form."),
     Honoured("stream", "false", "boolean", "Server-sent events, one chunk for each choice and step."),
-    Honoured("stream_options", "none", "`include_usage`, `continuous_usage_stats`", "Usage in the stream."),
+    Honoured(
+        "stream_options",
+        "none",
+        "`include_usage`, `continuous_usage_stats`, `resumable`, `resume_token_ids`",
+        "Usage in the stream; cursors in its events, see how-to/resume-a-stream.",
+    ),
     Honoured("truncate_prompt_tokens", "off", "-1 (what fits), ≥ 1", "Shorten the prompt to this many tokens."),
     Honoured("truncation_side", "left", "left, right", "Which end of the prompt is dropped."),
     Honoured("skip_special_tokens", "true", "boolean", "Leave special tokens out of the text."),

@@ -17,6 +17,7 @@ from app.api.schemas.limits import (
     MAX_LABEL_CHARS,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
+    MAX_RESUMABLE_CHOICES,
     MAX_SEQUENCES,
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
@@ -38,6 +39,9 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    resumable: bool | None = None
+    resume_token_ids: Annotated[list[list[TokenId]], Meta(max_length=MAX_RESUMABLE_CHOICES)] | None = None
+    """Of each choice, all that the client has; an empty list where it has not kept them."""
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +86,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     def num_samples(self) -> int:
         """`n`, default applied."""
         return 1 if self.n is None else self.n
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether the events of the stream carry cursors."""
+        return self.stream_options is not None and bool(self.stream_options.resumable)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -147,6 +156,8 @@ def check_generation(request: GenerationRequest) -> None:
         )
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("`stream_options` needs `stream: true`.", param="stream_options")
+    if request.stream_options is not None and request.stream_options.resume_token_ids and not request.is_resumable:
+        raise InvalidRequest("`resume_token_ids` needs `resumable: true`.", param="stream_options.resume_token_ids")
     if request.prompt_logprobs is not None and request.stream:
         raise InvalidRequest(
             "`prompt_logprobs` is not sent in a stream: leave `stream` or `prompt_logprobs` out.",

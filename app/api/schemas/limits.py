@@ -19,6 +19,8 @@ MAX_METADATA_CHARS = 512
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 512 * 1024
 """Of all tools as JSON."""
+MAX_RESUMABLE_CHOICES = 64
+"""Of a resumable stream, whose every event says how far each choice is."""
 INT32 = 2**31
 INT64 = 2**63
 DEFAULT_MAX_TOKENS = 16
