@@ -1,9 +1,7 @@
-/* Columns are shared out in units of 32, never k: a column's sum is one thread's, in one order. */
+/* Columns are shared out, never k: a column's sum is one thread's, in one order. */
 #include "linear.h"
 
 #include <math.h>
-
-#define UNIT 32
 
 static void finish_store(const finish *f, const float *y, int row, int column, int width) {
     float *out = f->out + row * f->stride + column;
@@ -105,11 +103,10 @@ static void tile_rows(const hw_linear *lin, const linear_in *in, tile_in *t, int
     for (int m = 0; m < rows; m++) finish_row(done, y[m], row + m, column, width);
 }
 
-void linear_run(const hw_linear *lin, const linear_in *in, int rows, const finish *done, int thread, int num_threads) {
+void linear_run(const hw_linear *lin, const linear_in *in, int rows, const finish *done, int from, int to) {
     const int per_group = lin->byte_rows ? 4 : 2;
     const long groups = lin->k / per_group, block_bytes = groups * COLUMNS * 4;
-    const int units = lin->n_pad / UNIT, count = tile_count(rows, lin->byte_rows == 2 ? MR_MAX / 2 : MR_MAX);
-    const int from = (int)((long)units * thread / num_threads), to = (int)((long)units * (thread + 1) / num_threads);
+    const int count = tile_count(rows, lin->byte_rows == 2 ? MR_MAX / 2 : MR_MAX);
     for (int unit = from, step; unit < to; unit += step) {
         step = (unit % 2 == 0 && unit + 1 < to) ? 2 : 1;
         const char *block = (const char *)lin->weight + unit / 2 * block_bytes;

@@ -35,8 +35,9 @@ typedef struct {
     long stride; /* elements */
 } linear_in;
 
-/* This thread's share of the columns, for all rows. No barrier inside. */
-void linear_run(const hw_linear *linear, const linear_in *in, int rows, const finish *done, int thread,
-                int num_threads);
+#define UNIT 32 /* columns that are shared out together */
+
+/* Units of columns from .. to - 1, for all rows. */
+void linear_run(const hw_linear *linear, const linear_in *in, int rows, const finish *done, int from, int to);
 void best_reset(lane_best *best, int rows);
 #endif

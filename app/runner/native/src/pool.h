@@ -1,17 +1,24 @@
-/* Threads that meet at barriers inside one parallel region a step. */
+/* Threads that work through the phases of a region together: phase by phase, item by item. */
 #ifndef HW_POOL_H
 #define HW_POOL_H
 #include <stdatomic.h>
 #include <stdint.h>
 
 typedef struct hw_pool hw_pool;
-typedef void (*region_fn)(void *arg, int thread, int num_threads);
+
+/* Phase p + 1 begins when all items of phase p are done. Items of one phase may be done in any order, by
+ * any thread, so what an item computes must not depend on either. */
+typedef struct {
+    int num_phases;
+    int (*count)(const void *job, int phase); /* items of a phase, 0 and up; asked once, just before it begins */
+    void (*run)(const void *job, int phase, int from, int to, int thread); /* items from .. to - 1 */
+    const void *job;
+} hw_region;
 
 hw_pool *pool_open(int num_threads);
 void pool_close(hw_pool *pool);
-/* Run fn on all threads (or on this one alone while the other cores are taken); fn's last act must be
- * pool_barrier. Returns how many threads ran. */
-int pool_run(hw_pool *pool, region_fn fn, void *arg);
-void pool_barrier(hw_pool *pool, int num_threads);
+/* Do a region on all threads, or on this one alone while the other cores are taken; denormals are zero on
+ * each. Returns how many threads were asked. */
+int pool_run(hw_pool *pool, const hw_region *region);
 int pool_threads(const hw_pool *pool);
 #endif

@@ -1,7 +1,7 @@
-/* One step of the decoder: embedding, layers, head, in one parallel region.
+/* One step of the decoder: embedding, layers, head, in one region of the pool.
  *
- * Phases meet at barriers. Rows are shared out by row, linears by column, attention by (query block,
- * kv head) as threads come free: who computes a number never changes it. */
+ * Rows are shared out by row, linears by column, attention by (query block, kv head), as threads come
+ * free: who computes a number never changes it. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -22,7 +22,6 @@
 #endif
 
 #define ALIGN 64
-#define MXCSR_FLUSH 0x9fc0 /* default rounding, denormals are zero: the same on every thread */
 
 struct hw_context {
     hw_pool *pool;
@@ -35,7 +34,6 @@ struct hw_context {
     query_block *queries;
     lane_best *best;              /* [thread][logits row] */
     attention_scratch *attention; /* [thread] */
-    _Atomic int32_t *next_item; /* [layer] */
     int num_queries;
 };
 
@@ -76,7 +74,6 @@ static size_t lay_out(hw_context *c, const hw_model *m, const hw_step *s, char *
     c->queries = carve(&at, tokens * sizeof(query_block));
     c->best = carve(&at, threads * rows * sizeof(lane_best));
     c->attention = carve(&at, threads * sizeof(attention_scratch));
-    c->next_item = carve(&at, (size_t)m->num_layers * sizeof(int32_t));
     return (size_t)(at - base);
 }
 
@@ -101,12 +98,9 @@ static void plan_queries(hw_context *c, const hw_model *m, const hw_step *s) {
             int left = s->entry_starts[e + 1] - t;
             c->queries[c->num_queries++] = (query_block){e, t, left < most ? left : most};
         }
-    for (int l = 0; l < m->num_layers; l++) c->next_item[l] = 0;
 }
 
-/* ---- phases; each thread takes its share ---- */
-
-#define SHARE(n) int from = (int)((long)(n) * thread / threads), to = (int)((long)(n) * (thread + 1) / threads)
+/* ---- what is done to some of the items of a phase ---- */
 
 /* Inputs of an int8 linear as bytes. */
 static void quantise_rows(const job *j, const hw_linear *lin, const uint16_t *x, long stride, int from, int to) {
@@ -118,24 +112,21 @@ static void quantise_rows(const job *j, const hw_linear *lin, const uint16_t *x,
     }
 }
 
-static void embed_rows(const job *j, int thread, int threads) {
-    SHARE(j->step->num_tokens);
+static void embed_rows(const job *j, int from, int to) {
     for (int t = from; t < to; t++)
         row_embed(j->model, j->step->token_ids[t], j->ctx->residual + (long)t * j->model->hidden_pad);
 }
 
 /* Norm, then the inputs of the linear `next`. */
-static void norm_rows(const job *j, const float *weight, const hw_linear *next, int thread, int threads) {
+static void norm_rows(const job *j, const float *weight, const hw_linear *next, int from, int to) {
     const long stride = j->model->hidden_pad;
-    SHARE(j->step->num_tokens);
     for (int t = from; t < to; t++) row_norm(j->model, j->ctx->residual + t * stride, weight, j->ctx->x + t * stride);
     if (next->byte_rows) quantise_rows(j, next, j->ctx->x, stride, from, to);
 }
 
-static void rotate_and_store(const job *j, const hw_layer *layer, int thread, int threads) {
+static void rotate_and_store(const job *j, const hw_layer *layer, int from, int to) {
     const long stride = qkv_stride(j->model);
     const hw_step *s = j->step;
-    SHARE(s->num_tokens);
     for (int t = from, e = 0; t < to; t++) {
         while (s->entry_starts[e + 1] <= t) e++;
         float *qkv = j->ctx->qkv + t * stride;
@@ -145,67 +136,89 @@ static void rotate_and_store(const job *j, const hw_layer *layer, int thread, in
     }
 }
 
-static void attend_items(const job *j, int index, int thread, int threads) {
-    hw_context *c = j->ctx;
+static void attend_items(const job *j, const hw_layer *layer, int from, int to, int thread) {
+    const hw_context *c = j->ctx;
     const hw_model *m = j->model;
     const hw_step *s = j->step;
     const int heads = m->num_kv_heads, items = c->num_queries * heads;
-    for (int i; (i = atomic_fetch_add(&c->next_item[index], 1)) < items;) {
-        int next = i + threads < items ? i + threads : i; /* the likely one: threads take turns */
+    for (int i = from; i < to; i++) {
+        int next = i + 1 < items ? i + 1 : i; /* the likely one: a thread's share lies together */
         int32_t next_block = s->block_tables[s->table_starts[c->queries[next / heads].entry]];
-        attend(m, m->layers + index, s, c->queries + i / heads, i % heads, next_block, next % heads, c->qkv,
-               qkv_stride(m), c->attended, attended_stride(m), c->attention + thread);
+        attend(m, layer, s, c->queries + i / heads, i % heads, next_block, next % heads, c->qkv, qkv_stride(m),
+               c->attended, attended_stride(m), c->attention + thread);
     }
 }
 
-/* x times a linear into `done`. An int8 linear's bytes are made first, unless the norm made them. */
-static void project(const job *j, const hw_linear *lin, const uint16_t *x, long stride, int rows, int has_bytes,
-                    const finish *done, int thread, int threads) {
+/* x times some columns of a linear into `done`; the bytes of an int8 linear's inputs are there. */
+static void project(const job *j, const hw_linear *lin, const uint16_t *x, long stride, int rows, const finish *done,
+                    int from, int to) {
     linear_in in = {.bf16 = x, .stride = stride};
-    if (lin->byte_rows) {
-        if (!has_bytes) {
-            SHARE(rows);
-            quantise_rows(j, lin, x, stride, from, to);
-            pool_barrier(j->ctx->pool, threads);
-        }
-        in = (linear_in){.bytes = j->ctx->bytes, .scales = j->ctx->scales, .stride = widest(j->model)};
-    }
-    linear_run(lin, &in, rows, done, thread, threads);
+    if (lin->byte_rows) in = (linear_in){.bytes = j->ctx->bytes, .scales = j->ctx->scales, .stride = widest(j->model)};
+    linear_run(lin, &in, rows, done, from, to);
 }
 
-static void run_layer(const job *j, int index, int thread, int threads) {
+/* ---- phases ---- */
+
+enum {
+    ATTENTION_NORM, QKV, ROTATE, ATTEND, QUANTISE_ATTENDED, OUTPUT, MLP_NORM, GATE_UP, QUANTISE_ACTIVATED, DOWN,
+    LAYER_PHASES
+};
+enum { HEAD_NORM, HEAD, SETTLE, HEAD_PHASES };
+
+static int units(const hw_linear *lin) { return lin->n_pad / UNIT; }
+
+static int layer_count(const job *j, const hw_layer *layer, int phase) {
+    const int tokens = j->step->num_tokens;
+    switch (phase) {
+        case QKV: return units(&layer->qkv);
+        case ATTEND: return j->ctx->num_queries * j->model->num_kv_heads;
+        case QUANTISE_ATTENDED: return layer->output.byte_rows ? tokens : 0;
+        case OUTPUT: return units(&layer->output);
+        case GATE_UP: return units(&layer->gate_up);
+        case QUANTISE_ACTIVATED: return layer->down.byte_rows ? tokens : 0;
+        case DOWN: return units(&layer->down);
+        default: return tokens;
+    }
+}
+
+static void layer_run(const job *j, const hw_layer *layer, int phase, int from, int to, int thread) {
     hw_context *c = j->ctx;
     const hw_model *m = j->model;
-    const hw_layer *layer = m->layers + index;
     const int rows = j->step->num_tokens;
     const finish to_qkv = {.kind = FINISH_STORE, .out = c->qkv, .stride = qkv_stride(m)};
     const finish to_residual = {.kind = FINISH_ADD, .out = c->residual, .stride = m->hidden_pad};
     const finish to_activated = {.kind = FINISH_SILU_MUL, .out16 = c->activated, .stride = m->act_pad};
+    switch (phase) {
+        case ATTENTION_NORM: norm_rows(j, layer->attention_norm, &layer->qkv, from, to); break;
+        case QKV: project(j, &layer->qkv, c->x, m->hidden_pad, rows, &to_qkv, from, to); break;
+        case ROTATE: rotate_and_store(j, layer, from, to); break;
+        case ATTEND: attend_items(j, layer, from, to, thread); break;
+        case QUANTISE_ATTENDED: quantise_rows(j, &layer->output, c->attended, attended_stride(m), from, to); break;
+        case OUTPUT: project(j, &layer->output, c->attended, attended_stride(m), rows, &to_residual, from, to); break;
+        case MLP_NORM: norm_rows(j, layer->mlp_norm, &layer->gate_up, from, to); break;
+        case GATE_UP: project(j, &layer->gate_up, c->x, m->hidden_pad, rows, &to_activated, from, to); break;
+        case QUANTISE_ACTIVATED: quantise_rows(j, &layer->down, c->activated, m->act_pad, from, to); break;
+        case DOWN: project(j, &layer->down, c->activated, m->act_pad, rows, &to_residual, from, to); break;
+    }
+}
 
-    norm_rows(j, layer->attention_norm, &layer->qkv, thread, threads);
-    pool_barrier(c->pool, threads);
-    project(j, &layer->qkv, c->x, m->hidden_pad, rows, 1, &to_qkv, thread, threads);
-    pool_barrier(c->pool, threads);
-    rotate_and_store(j, layer, thread, threads);
-    pool_barrier(c->pool, threads);
-    attend_items(j, index, thread, threads);
-    pool_barrier(c->pool, threads);
-    project(j, &layer->output, c->attended, attended_stride(m), rows, 0, &to_residual, thread, threads);
-    pool_barrier(c->pool, threads);
-    norm_rows(j, layer->mlp_norm, &layer->gate_up, thread, threads);
-    pool_barrier(c->pool, threads);
-    project(j, &layer->gate_up, c->x, m->hidden_pad, rows, 1, &to_activated, thread, threads);
-    pool_barrier(c->pool, threads);
-    project(j, &layer->down, c->activated, m->act_pad, rows, 0, &to_residual, thread, threads);
-    pool_barrier(c->pool, threads);
+/* Norm the rows that want logits, and clear what each thread knows of their best. */
+static void head_rows(const job *j, int from, int to) {
+    hw_context *c = j->ctx;
+    const hw_model *m = j->model;
+    const long stride = m->hidden_pad;
+    for (int r = from; r < to; r++)
+        row_norm(m, c->residual + j->step->logits_tokens[r] * stride, m->final_norm, c->x + r * stride);
+    if (m->head.byte_rows) quantise_rows(j, &m->head, c->x, stride, from, to);
+    for (int t = 0; t < pool_threads(c->pool); t++) best_reset(c->best + (long)t * j->step->num_logits + from, to - from);
 }
 
 /* The best of all lanes and threads: the largest value, the lowest id of equals. */
-static void settle_best(const job *j, int row, int threads) {
+static void settle_best(const job *j, int row) {
     const hw_step *s = j->step;
     float value = 0.0f, taint = 0.0f;
     int32_t id = -1;
-    for (int t = 0; t < threads; t++) {
+    for (int t = 0; t < pool_threads(j->ctx->pool); t++) {
         const lane_best *b = j->ctx->best + (long)t * s->num_logits + row;
         for (int i = 0; i < VL; i++) {
             int32_t lane_id = b->id[i] + i;
@@ -217,47 +230,44 @@ static void settle_best(const job *j, int row, int threads) {
     s->is_finite[row] = taint == 0.0f;
 }
 
-static void run_head(const job *j, int thread, int threads) {
+static int head_count(const job *j, int phase) {
+    return phase == HEAD && j->step->num_logits > 0 ? units(&j->model->head) : j->step->num_logits;
+}
+
+static void head_run(const job *j, int phase, int from, int to, int thread) {
     hw_context *c = j->ctx;
     const hw_model *m = j->model;
     const hw_step *s = j->step;
-    const long stride = m->hidden_pad;
-    {
-        SHARE(s->num_logits);
-        for (int r = from; r < to; r++)
-            row_norm(m, c->residual + s->logits_tokens[r] * stride, m->final_norm, c->x + r * stride);
-        if (m->head.byte_rows) quantise_rows(j, &m->head, c->x, stride, from, to);
+    const finish to_logits = {.kind = FINISH_LOGITS, .out = s->logits, .stride = m->head.n_pad, .slots = s->logits_slots,
+                              .best = c->best + (long)thread * s->num_logits, .columns = m->vocab};
+    switch (phase) {
+        case HEAD_NORM: head_rows(j, from, to); break;
+        case HEAD: project(j, &m->head, c->x, m->hidden_pad, s->num_logits, &to_logits, from, to); break;
+        case SETTLE: for (int r = from; r < to; r++) settle_best(j, r); break;
     }
-    lane_best *best = c->best + (long)thread * s->num_logits;
-    best_reset(best, s->num_logits);
-    pool_barrier(c->pool, threads);
-    const finish to_logits = {.kind = FINISH_LOGITS, .out = s->logits, .stride = m->head.n_pad,
-                              .slots = s->logits_slots, .best = best, .columns = m->vocab};
-    project(j, &m->head, c->x, stride, s->num_logits, 1, &to_logits, thread, threads);
-    pool_barrier(c->pool, threads);
-    SHARE(s->num_logits);
-    for (int r = from; r < to; r++) settle_best(j, r, threads);
 }
 
-static void forward_region(void *arg, int thread, int threads) {
+/* A step: the embedding, then each layer's phases, then the head's. */
+
+static int forward_count(const void *arg, int phase) {
     const job *j = arg;
-    const unsigned before = _mm_getcsr();
-    _mm_setcsr(MXCSR_FLUSH);
-    embed_rows(j, thread, threads);
-    for (int l = 0; l < j->model->num_layers; l++) run_layer(j, l, thread, threads);
-    if (j->step->num_logits > 0) run_head(j, thread, threads);
-    _mm_setcsr(before);
-    pool_barrier(j->ctx->pool, threads);
+    const int layer = (phase - 1) / LAYER_PHASES, layers = j->model->num_layers;
+    if (phase == 0) return j->step->num_tokens;
+    if (layer >= layers) return head_count(j, phase - 1 - layers * LAYER_PHASES);
+    return layer_count(j, j->model->layers + layer, (phase - 1) % LAYER_PHASES);
 }
 
-static void score_region(void *arg, int thread, int threads) {
+static void forward_run(const void *arg, int phase, int from, int to, int thread) {
     const job *j = arg;
-    const unsigned before = _mm_getcsr();
-    _mm_setcsr(MXCSR_FLUSH);
-    run_head(j, thread, threads);
-    _mm_setcsr(before);
-    pool_barrier(j->ctx->pool, threads);
+    const int layer = (phase - 1) / LAYER_PHASES, layers = j->model->num_layers;
+    if (phase == 0) embed_rows(j, from, to);
+    else if (layer >= layers) head_run(j, phase - 1 - layers * LAYER_PHASES, from, to, thread);
+    else layer_run(j, j->model->layers + layer, (phase - 1) % LAYER_PHASES, from, to, thread);
 }
+
+static int score_count(const void *arg, int phase) { return head_count(arg, phase); }
+
+static void score_run(const void *arg, int phase, int from, int to, int thread) { head_run(arg, phase, from, to, thread); }
 
 /* ---- for Python ---- */
 
@@ -282,7 +292,8 @@ int32_t hw_forward(hw_context *c, const hw_model *model, const hw_step *step) {
     lay_out(c, model, step, c->memory);
     plan_queries(c, model, step);
     job j = {c, model, step};
-    return pool_run(c->pool, forward_region, &j);
+    const int phases = 1 + model->num_layers * LAYER_PHASES + HEAD_PHASES;
+    return pool_run(c->pool, &(hw_region){phases, forward_count, forward_run, &j});
 }
 
 /* Logits of more tokens of the step that hw_forward computed last: the same step with other logits
@@ -291,49 +302,45 @@ int32_t hw_score(hw_context *c, const hw_model *model, const hw_step *step) {
     if (step->num_logits > step->num_tokens || lay_out(c, model, step, NULL) > c->capacity) return -1;
     lay_out(c, model, step, c->memory);
     job j = {c, model, step};
-    return pool_run(c->pool, score_region, &j);
+    return pool_run(c->pool, &(hw_region){HEAD_PHASES, score_count, score_run, &j});
 }
 
-typedef struct {
-    hw_pool *pool;
-    const hw_draws *draws;
-} draw_job;
+static int draw_count(const void *arg, int phase) {
+    (void)phase;
+    return ((const hw_draws *)arg)->num_rows;
+}
 
-static void draw_region(void *arg, int thread, int threads) {
-    const draw_job *j = arg;
-    const unsigned before = _mm_getcsr();
-    _mm_setcsr(MXCSR_FLUSH);
-    SHARE(j->draws->num_rows);
-    draw_rows(j->draws, from, to);
-    _mm_setcsr(before);
-    pool_barrier(j->pool, threads);
+static void draw_run(const void *arg, int phase, int from, int to, int thread) {
+    (void)phase, (void)thread;
+    draw_rows(arg, from, to);
 }
 
 /* Draw for all rows; see draw.c for what -1 means. */
 void hw_draw(hw_context *c, const hw_draws *draws) {
-    draw_job j = {c->pool, draws};
-    pool_run(c->pool, draw_region, &j);
+    pool_run(c->pool, &(hw_region){1, draw_count, draw_run, draws});
 }
 
 /* ---- single kernels, for loadtest/bench_kernels.py ---- */
 
 typedef struct {
-    hw_context *ctx;
     const hw_layer *layers;
-    int32_t num_layers, which, rows; /* which: 0 qkv, 1 output, 2 gate and up, 3 down */
+    int32_t which, rows; /* which: 0 qkv, 1 output, 2 gate and up, 3 down */
     linear_in in;
     float *out;
 } linear_job;
 
-static void linears_region(void *arg, int thread, int threads) {
+static int linears_count(const void *arg, int phase) {
     const linear_job *j = arg;
-    for (int l = 0; l < j->num_layers; l++) {
-        const hw_linear *lin = &j->layers[l].qkv + j->which;
-        finish done = {.kind = j->which == 0 ? FINISH_STORE : FINISH_ADD, .out = j->out, .stride = lin->n_pad};
-        if (j->which == 2) done = (finish){.kind = FINISH_SILU_MUL, .out16 = (uint16_t *)j->out, .stride = lin->n_pad / 2};
-        linear_run(lin, &j->in, j->rows, &done, thread, threads);
-    }
-    pool_barrier(j->ctx->pool, threads);
+    return units(&j->layers[phase].qkv + j->which);
+}
+
+static void linears_run(const void *arg, int phase, int from, int to, int thread) {
+    (void)thread;
+    const linear_job *j = arg;
+    const hw_linear *lin = &j->layers[phase].qkv + j->which;
+    finish done = {.kind = j->which == 0 ? FINISH_STORE : FINISH_ADD, .out = j->out, .stride = lin->n_pad};
+    if (j->which == 2) done = (finish){.kind = FINISH_SILU_MUL, .out16 = (uint16_t *)j->out, .stride = lin->n_pad / 2};
+    linear_run(lin, &j->in, j->rows, &done, from, to);
 }
 
 /* One linear of every layer, one after the other, each finished as a step finishes it. x: bf16, or bytes
@@ -341,21 +348,25 @@ static void linears_region(void *arg, int thread, int threads) {
 void hw_run_linears(hw_context *c, const hw_layer *layers, int32_t num_layers, int32_t which, int32_t rows,
                     const void *x, const float *scales, float *out) {
     const long k = (&layers->qkv + which)->k;
-    linear_job j = {c, layers, num_layers, which, rows, {.bf16 = x, .bytes = x, .scales = scales, .stride = k}, out};
-    pool_run(c->pool, linears_region, &j);
+    linear_job j = {layers, which, rows, {.bf16 = x, .bytes = x, .scales = scales, .stride = k}, out};
+    pool_run(c->pool, &(hw_region){num_layers, linears_count, linears_run, &j});
 }
 
-static void attention_region(void *arg, int thread, int threads) {
+static int attention_count(const void *arg, int phase) {
     const job *j = arg;
-    for (int l = 0; l < j->model->num_layers; l++) attend_items(j, l, thread, threads);
-    pool_barrier(j->ctx->pool, threads);
+    return layer_count(j, j->model->layers + phase, ATTEND);
+}
+
+static void attention_run(const void *arg, int phase, int from, int to, int thread) {
+    const job *j = arg;
+    attend_items(j, j->model->layers + phase, from, to, thread);
 }
 
 /* The attention of every layer for a step that hw_forward computed last. */
 void hw_run_attention(hw_context *c, const hw_model *model, const hw_step *step) {
     plan_queries(c, model, step);
     job j = {c, model, step};
-    pool_run(c->pool, attention_region, &j);
+    pool_run(c->pool, &(hw_region){model->num_layers, attention_count, attention_run, &j});
 }
 
 /* Sizes of the structs, for Python to compare with its own. */
