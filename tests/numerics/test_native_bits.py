@@ -80,6 +80,18 @@ def test_chunks_threads_and_blocks_change_no_bit(runners: tuple[NativeRunner, Na
         assert same_bits(chunked(two, row, 3 * row, chunks), expected), chunks
 
 
+def test_threads_that_come_and_go_change_no_bit(folders: dict[str, Path]) -> None:
+    """More threads than cores: some come late to a phase, when others have taken their share."""
+    one, many = (load_native(folders["grouped-64"], num_threads=count, quantization="int8") for count in (1, 7))
+    expected = whole(Hand(one), 0, 0)
+    hand = Hand(many)
+    for row in range(12):
+        assert same_bits(whole(hand, row, 0), expected)
+        assert same_bits(chunked(hand, 20 + row, 3, [LENGTH - 2, 1, 1]), expected)
+    one.close()
+    many.close()
+
+
 def test_batch_mates_change_no_bit(runners: tuple[NativeRunner, NativeRunner]) -> None:
     one, two = (Hand(runner) for runner in runners)
     expected = whole(one, 0, 0)
