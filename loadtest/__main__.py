@@ -1,4 +1,4 @@
-"""`python -m loadtest run | compare | faults`: loads a server, or several in turn, and reports what clients saw."""
+"""`python -m loadtest run | compare | faults | scorecard`: loads servers and reports what came of it."""
 
 import argparse
 import asyncio
@@ -17,6 +17,7 @@ from loadtest.faults import command as faults
 from loadtest.record import RequestRecord
 from loadtest.report import show, write
 from loadtest.run import RunConfig, RunResult, run_load
+from loadtest.scorecard import command as scorecard
 from loadtest.summary import parse_targets
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     if options["command"] == "faults":
         return _faults(options)
+    if options["command"] == "scorecard":
+        return _scorecard(options)
     command, output = options.pop("command"), options["output"]
     if command == "compare":
         return _compare(options)
@@ -50,6 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _faults(options: dict[str, object]) -> int:
     try:
         return faults.run(msgspec.convert(options, faults.Options), lambda text: Console().print(text, markup=False))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _scorecard(options: dict[str, object]) -> int:
+    try:
+        return scorecard.run(
+            msgspec.convert(options, scorecard.Options), lambda text: Console().print(text, markup=False)
+        )
     except KeyboardInterrupt:
         return 130
 
@@ -95,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     compare.add_parser(commands)
     faults.add_parser(commands)
+    scorecard.add_parser(commands)
     run = commands.add_parser(
         "run",
         help="send requests and report latency, throughput and goodput",

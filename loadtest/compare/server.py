@@ -75,6 +75,11 @@ class Server:
             time.sleep(_POLL_S)
         raise ServerFailed(f"no answer within {timeout_s:.0f} s:\n{self._last_lines()}")
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process that was started; None outside of the context."""
+        return None if self._process is None else self._process.pid
+
     def memory_bytes(self) -> int:
         """Proportional set size of all its processes: pages that several share are counted once."""
         assert self._process is not None
