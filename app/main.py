@@ -29,6 +29,7 @@ from app.observability.metrics import Metrics
 from app.settings import API_KEY_VARIABLE, Settings, load_settings
 from app.store import ModelFolder, resolve
 from app.text.chat_template import ChatTemplate
+from app.text.reasoning import FORMS, ReasoningForm
 from app.text.tokenizer import Tokenizer
 
 
@@ -84,10 +85,12 @@ def make_context(
     )
     unknown = None if settings.unknown_fields is None else UnknownFields(settings.unknown_fields)
     override = None if settings.chat_template is None else Path(settings.chat_template)
+    chat_template = ChatTemplate.load(folder.path, override=override)
     return ServerContext(
         engine=engine,
         tokenizer=Tokenizer.load(folder.path),
-        chat_template=ChatTemplate.load(folder.path, override=override),
+        chat_template=chat_template,
+        reasoning=choose_reasoning(settings.reasoning_parser, chat_template),
         model_names=model_names(settings, folder),
         metrics=metrics,
         admission=Admission(admission_limits, metrics=metrics),
@@ -110,6 +113,13 @@ def make_context(
         runs_engine=runs_engine,
         drain_timeout=settings.drain_timeout,
     )
+
+
+def choose_reasoning(parser: str, template: ChatTemplate | None) -> ReasoningForm | None:
+    """How the model's reasoning is told from its answers; None where nothing is."""
+    if parser == "auto":
+        return FORMS["qwen3"] if template is not None and template.shows_reasoning else None
+    return FORMS.get(parser)
 
 
 def make_keys(settings: Settings) -> KeyRing | None:

@@ -73,6 +73,11 @@ class Settings(BaseSettings):
         (), description="names that requests may use, divided by commas, or the flag again; answers carry the first"
     )
     chat_template: str | None = Field(None, description="file with a chat template in place of the model's own")
+    reasoning_parser: Literal["auto", "none", "qwen3", "deepseek_r1"] = Field(
+        "auto",
+        description="how reasoning is told from the answer: qwen3 by its tags, deepseek_r1 the same where the first is "
+        "missing, none leaves it in the text; auto is qwen3 where the chat template has such tags",
+    )
     generation_config: Literal["model", "openai"] = Field(
         "model", description="default temperature and top_p: of the model's generation_config.json, or OpenAI's (1.0)"
     )

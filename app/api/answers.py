@@ -11,7 +11,13 @@ import msgspec
 
 from app.api.errors import error_body
 from app.api.schemas.chat import ChatCandidate, ChatTokenLogprob
-from app.api.schemas.generation import PromptLogprob, PromptLogprobs, PromptTokensDetails, Usage
+from app.api.schemas.generation import (
+    CompletionTokensDetails,
+    PromptLogprob,
+    PromptLogprobs,
+    PromptTokensDetails,
+    Usage,
+)
 from app.api.sequence_text import Delta, SequenceText
 from app.api.sse import DONE
 from app.core.types import TokenLogprobs
@@ -122,7 +128,11 @@ def usage_of(sequences: Sequence[SequenceText]) -> Usage:
         cached_tokens[key] = min(cached_tokens.get(key, text.num_cached_tokens), text.num_cached_tokens)
     num_prompt = sum(prompt_tokens.values())
     num_output = sum(text.num_output_tokens for text in sequences)
-    return Usage(num_prompt, num_output, num_prompt + num_output, PromptTokensDetails(sum(cached_tokens.values())))
+    usage = Usage(num_prompt, num_output, num_prompt + num_output, PromptTokensDetails(sum(cached_tokens.values())))
+    if not any(text.splits_reasoning for text in sequences):
+        return usage
+    details = CompletionTokensDetails(sum(text.num_reasoning_tokens for text in sequences))
+    return msgspec.structs.replace(usage, completion_tokens_details=details)
 
 
 def event_of(body: msgspec.Struct) -> bytes:

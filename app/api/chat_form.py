@@ -7,7 +7,7 @@ among them only where it is one of them.
 from collections.abc import Mapping, Sequence
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from app.api.answers import (
     AnswerHead,
@@ -74,7 +74,10 @@ class ChatEndpoint:
             raw_tools=raw_tools if plan is not None else None,
         )
         forced = None if plan is None else plan.grammar
-        generation = await prepare_chat(request, rendered, context, limits=limits, tenant=tenant, forced=forced)
+        continued = message_text(request.messages[-1]) if request.continue_final_message else ""
+        generation = await prepare_chat(
+            request, rendered, context, limits=limits, tenant=tenant, forced=forced, continued=continued
+        )
 
         def make_form(head: AnswerHead, texts: Sequence[SequenceText]) -> ChatForm:
             return ChatForm(head, request, texts, tokenizer=context.tokenizer, plan=plan)
@@ -98,6 +101,7 @@ class ChatForm:
         self._head = head
         self._request = request
         self._texts = texts
+        self._splits = texts[0].splits_reasoning
         self._tokenizer = tokenizer
         self._spelling = TokenSpelling(tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
         self._collected: list[list[Delta]] = [[] for _ in texts]
@@ -107,6 +111,7 @@ class ChatForm:
         self._with_usage = options is not None and bool(options.continuous_usage_stats)
         self._tools = None if plan is None else [ToolText(plan, id_key=self._id_key(text)) for text in texts]
         """Of each sequence."""
+        self._shows_reasoning = request.include_reasoning is not False
         self._is_plain = not (request.logprobs or request.return_token_ids or self._with_usage)
         self._chunk = ChatChunk(
             id=f"chatcmpl-{head.request_id}",
@@ -130,12 +135,13 @@ class ChatForm:
         if not self._begun[index]:
             self._begun[index] = True
             opening = self._opening(index)
-        if delta.finish_reason is None and self._is_plain and self._tools is None:
+        is_text = self._tools is None and not delta.reasoning
+        if delta.finish_reason is None and self._is_plain and is_text and (delta.text or not self._splits):
             content = self._encode(delta.text)
             return b'%b%b%d,"delta":{"content":%b%b' % (opening, self._before, index, content, self._after)
         choice = ChatChunkChoice(index=index, delta=self._delta(index, delta))
         if choice.delta == ChatDelta() and self._is_plain and delta.finish_reason is None:
-            return opening  # text that may become a call is held back
+            return opening  # text that may become a call, or a tag, is held back
         if delta.finish_reason is not None:
             choice.finish_reason = self._finish_reason(index, delta)
             choice.stop_reason = delta.stop_reason
@@ -200,21 +206,31 @@ class ChatForm:
         return choice
 
     def _message(self, index: int, deltas: Sequence[Delta]) -> AssistantMessage:
+        thought = self._shown_reasoning("".join([delta.reasoning for delta in deltas]))
         if self._tools is None:
-            return AssistantMessage(content="".join([self._echo(), *[delta.text for delta in deltas]]))
+            content = "".join([self._echo(), *[delta.text for delta in deltas]])
+            return AssistantMessage(content=content, reasoning_content=thought, reasoning=thought)
         text, calls = self._tools[index].whole(deltas)
         content = self._echo() + text
-        if not calls:
-            return AssistantMessage(content=content)
         written = [
             ToolCall(id=call.id, function=CalledFunction(name=call.name, arguments=call.arguments)) for call in calls
         ]
-        return AssistantMessage(content=content or None, tool_calls=written)
+        return AssistantMessage(
+            content=content or None if calls else content,
+            reasoning_content=thought,
+            reasoning=thought,
+            tool_calls=written or UNSET,
+        )
+
+    def _shown_reasoning(self, text: str) -> str | UnsetType:
+        return text if text and self._shows_reasoning else UNSET
 
     def _delta(self, index: int, delta: Delta) -> ChatDelta:
+        thought = self._shown_reasoning(delta.reasoning)
         if self._tools is None:
-            is_end = delta.finish_reason is not None
-            return ChatDelta() if is_end and not delta.text else ChatDelta(content=delta.text)
+            is_silent = not delta.text and (delta.finish_reason is not None or self._splits)
+            content = UNSET if is_silent else delta.text
+            return ChatDelta(content=content, reasoning_content=thought, reasoning=thought)
         tools = self._tools[index]
         step = tools.feed(delta)
         calls = [
@@ -226,7 +242,9 @@ class ChatForm:
             )
             for one in step.calls
         ]
-        return ChatDelta(content=step.text or UNSET, tool_calls=calls or UNSET)
+        return ChatDelta(
+            content=step.text or UNSET, reasoning_content=thought, reasoning=thought, tool_calls=calls or UNSET
+        )
 
     def _finish_reason(self, index: int, last: Delta) -> str:
         if last.finish_reason is None:

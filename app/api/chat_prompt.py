@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 
 from app.api.deps import ServerContext
+from app.api.reasoning import plan_reasoning
 from app.api.schemas.chat import ChatMessage, ChatRequest, ContentPart, TemplateValue
 from app.api.schemas.decode import decode_value, shown
 from app.api.schemas.field_rules import UnknownFields
@@ -60,8 +61,12 @@ async def prepare_chat(
     limits: EngineLimits,
     tenant: str = "",
     forced: Grammar | None = None,
+    continued: str = "",
 ) -> PreparedGeneration:
-    """The rendered prompt as sequences. `forced` is the grammar of tool calls. Raises InvalidRequest."""
+    """The rendered prompt as sequences. Raises InvalidRequest.
+
+    `forced` is the grammar of tool calls, `continued` the text of the message that the prompt goes on with.
+    """
     check_token_fields(request, limits)
     (token_ids,) = await encode_prompts(
         [rendered],
@@ -72,7 +77,11 @@ async def prepare_chat(
         add_special_tokens=bool(request.add_special_tokens),
     )
     prompt = fit_prompt(token_ids, request, limits, where="messages", text=rendered)
-    return await prepare_sequences(request, [prompt], context, limits=limits, tenant=tenant, forced=forced)
+    is_split = request.separate_reasoning is not False
+    reasoning = plan_reasoning(context, rendered, continued=continued, is_split=is_split)
+    return await prepare_sequences(
+        request, [prompt], context, limits=limits, tenant=tenant, forced=forced, reasoning=reasoning
+    )
 
 
 def sort_variables(request: ChatRequest, template: ChatTemplate, *, unknown: UnknownFields) -> TemplateVariables:
@@ -81,6 +90,9 @@ def sort_variables(request: ChatRequest, template: ChatTemplate, *, unknown: Unk
     effort = request.reasoning_effort
     if effort is None:
         return variables
+    switch = "enable_thinking"
+    if effort == "none" and switch in template.variables and switch not in variables.passed:
+        return TemplateVariables({switch: False, **variables.passed}, variables.ignored)
     if "reasoning_effort" not in template.variables:
         return TemplateVariables(variables.passed, (*variables.ignored, "reasoning_effort"))
     return TemplateVariables({"reasoning_effort": effort, **variables.passed}, variables.ignored)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from app.api.reasoning import ReasoningPlan
 from app.api.schemas.generation import GenerationRequest
 from app.api.schemas.structured import JsonObjectFormat, JsonSchemaFormat, StructuredOutputs
 from app.core.errors import InvalidRequest
@@ -14,7 +15,11 @@ from app.grammar.errors import GrammarError
 
 
 async def prepare_grammar(
-    request: GenerationRequest, checker: GrammarChecker, *, forced: Grammar | None = None
+    request: GenerationRequest,
+    checker: GrammarChecker,
+    *,
+    forced: Grammar | None = None,
+    reasoning: ReasoningPlan | None = None,
 ) -> Grammar | None:
     """The request's grammar, or None for free text. `forced` is that of tool calls. Raises InvalidRequest."""
     field = "response_format" if request.structured_outputs is None else "structured_outputs"
@@ -24,7 +29,8 @@ async def prepare_grammar(
         if grammar is None:
             return None
         _check_others(request, field)
-        return await checker.check(grammar)
+        checked = await checker.check(grammar)
+        return checked if reasoning is None else reasoning.behind_reasoning(checked, field=field)
     except GrammarError as error:
         raise InvalidRequest(f"`{field}`: {error}.", param=field, code="invalid_grammar") from error
 

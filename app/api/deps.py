@@ -15,6 +15,7 @@ from app.core.types import EngineLimits
 from app.grammar.check import GrammarChecker
 from app.observability.metrics import EngineSnapshot, Metrics
 from app.text.chat_template import ChatTemplate
+from app.text.reasoning import ReasoningForm
 from app.text.tokenizer import Tokenizer
 
 
@@ -75,6 +76,8 @@ class ServerContext:
     sampling_defaults: SamplingDefaults
     chat_template: ChatTemplate | None = None
     """None: the model has none, and no messages are taken."""
+    reasoning: ReasoningForm | None = None
+    """How the model writes its reasoning; None: whatever it writes is its answer."""
     grammars: GrammarChecker = field(default_factory=GrammarChecker)
     responses: ResponseStore = field(default_factory=ResponseStore)
     """Answers of /v1/responses that are kept."""

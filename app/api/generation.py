@@ -133,7 +133,10 @@ class GenerationAnswer:
         self._events: EventStream | None = None
         """Of a streamed answer."""
         tokenizer, ends = context.tokenizer, limits.eos_token_ids
-        texts = [SequenceText(one, request, tokenizer, eos_token_ids=ends) for one in generation.sequences]
+        texts = [
+            SequenceText(one, request, tokenizer, eos_token_ids=ends, reasoning=generation.reasoning_parser())
+            for one in generation.sequences
+        ]
         self._form = prepared.make_form(head, texts)
         if portable is not None:
             self._form = portable.form(self._form, texts)

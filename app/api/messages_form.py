@@ -18,6 +18,7 @@ from app.api.schemas.decode import decode_struct
 from app.api.schemas.field_rules import UnknownFields
 from app.api.schemas.fields import MESSAGES
 from app.api.schemas.messages import (
+    AnswerBlock,
     ContentBlockDelta,
     ContentBlockStart,
     ContentBlockStop,
@@ -33,6 +34,8 @@ from app.api.schemas.messages import (
     StopReason,
     TextBlock,
     TextDelta,
+    ThinkingBlock,
+    ThinkingDelta,
     ToolUseBlock,
 )
 from app.api.sequence_text import Delta, SequenceText
@@ -65,13 +68,19 @@ class MessagesEndpoint:
         plan = prompt.plan
         forced = None if plan is None else plan.grammar
         generation = await prepare_chat(
-            prompt.request, prompt.text, context, limits=limits, tenant=tenant, forced=forced
+            prompt.request,
+            prompt.text,
+            context,
+            limits=limits,
+            tenant=tenant,
+            forced=forced,
+            continued=prompt.continued,
         )
 
         def make_form(head: AnswerHead, texts: Sequence[SequenceText]) -> MessagesForm:
             return MessagesForm(head, request, texts[0], plan=plan)
 
-        return Prepared(generation, model=model, make_form=make_form)
+        return Prepared(generation, model=model, make_form=make_form, ignored=prompt.ignored)
 
 
 class MessagesForm:
@@ -85,10 +94,11 @@ class MessagesForm:
         self._request = request
         self._sequence = text
         self._tools = None if plan is None else ToolText(plan, id_prefix=_ID_PREFIX)
+        self._shows_thinking = request.thinking is None or request.thinking.type != "disabled"
         self._collected: list[Delta] = []
         self._is_begun = False
         self._num_blocks = 0
-        self._open: type[TextBlock | ToolUseBlock] | None = None
+        self._open: type[AnswerBlock] | None = None
         """What kind of block the last one is, while it is open."""
 
     def event(self, index: int, delta: Delta) -> bytes:
@@ -97,6 +107,7 @@ class MessagesForm:
         if not self._is_begun:
             self._is_begun = True
             events += (MessageStart(self._message([], None, None)), Ping())
+        self._add_thinking(events, delta.reasoning)
         self._add_blocks(events, ToolStep(delta.text, ()) if self._tools is None else self._tools.feed(delta))
         if delta.finish_reason is not None:
             self._close(events)
@@ -119,7 +130,7 @@ class MessagesForm:
     def whole(self) -> MessagesResponse:
         """The message."""
         deltas = self._collected
-        content: list[TextBlock | ToolUseBlock] = []
+        content: list[AnswerBlock] = []
         if self._tools is None:
             text = "".join([delta.text for delta in deltas])
         else:
@@ -127,12 +138,13 @@ class MessagesForm:
             content += map(_block_of, calls)
         if text:
             content.insert(0, TextBlock(text))
+        thought = "".join([delta.reasoning for delta in deltas])
+        if thought and self._shows_thinking:
+            content.insert(0, ThinkingBlock(thinking=thought))
         has_calls = any(isinstance(block, ToolUseBlock) for block in content)
         return self._message(content, *self._stop(deltas[-1], has_calls=has_calls))
 
-    def _message(
-        self, content: list[TextBlock | ToolUseBlock], reason: StopReason | None, sequence: str | None
-    ) -> MessagesResponse:
+    def _message(self, content: list[AnswerBlock], reason: StopReason | None, sequence: str | None) -> MessagesResponse:
         return MessagesResponse(
             id=f"msg_{self._head.request_id}",
             model=self._head.model,
@@ -161,6 +173,12 @@ class MessagesForm:
             return "stop_sequence", last.stop_reason
         return "end_turn", None
 
+    def _add_thinking(self, events: list[msgspec.Struct], text: str) -> None:
+        if text and self._shows_thinking:
+            if self._open is not ThinkingBlock:
+                self._begin(events, ThinkingBlock(thinking=""))
+            events.append(self._delta(ThinkingDelta(text)))
+
     def _add_blocks(self, events: list[msgspec.Struct], step: ToolStep) -> None:
         """What belongs to the open call comes first: text behind it closes it."""
         for call in step.calls:
@@ -176,7 +194,7 @@ class MessagesForm:
                 self._begin(events, ToolUseBlock(self._tools.id_of(call.call), call.name, {}))
                 events.append(self._delta(InputJsonDelta(call.arguments)))
 
-    def _begin(self, events: list[msgspec.Struct], block: TextBlock | ToolUseBlock) -> None:
+    def _begin(self, events: list[msgspec.Struct], block: AnswerBlock) -> None:
         self._close(events)
         events.append(ContentBlockStart(self._num_blocks, block))
         self._num_blocks += 1
@@ -187,7 +205,7 @@ class MessagesForm:
             self._open = None
             events.append(ContentBlockStop(self._num_blocks - 1))
 
-    def _delta(self, delta: TextDelta | InputJsonDelta) -> ContentBlockDelta:
+    def _delta(self, delta: TextDelta | ThinkingDelta | InputJsonDelta) -> ContentBlockDelta:
         return ContentBlockDelta(self._num_blocks - 1, delta)
 
 

@@ -19,6 +19,7 @@ from app.api.schemas.messages import ContentBlock, CountTokensRequest, MessagePa
 from app.api.schemas.tools import FunctionChoice, FunctionSpec, NamedToolChoice, Tool, ToolChoice
 from app.api.tools import ToolPlan, plan_tools
 from app.core.errors import InvalidRequest
+from app.text.chat_template import ChatTemplate
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,10 @@ class MessagesPrompt:
     plan: ToolPlan | None
     request: ChatRequest
     """The request's fields under the names of chat, without its messages."""
+    continued: str
+    """The text that the prompt goes on with."""
+    ignored: tuple[str, ...]
+    """Fields without effect."""
 
 
 async def render_conversation(
@@ -51,8 +56,27 @@ async def render_conversation(
         add_generation_prompt=not continues,
         continue_final_message=continues,
         tools=None if plan is None else [_template_tool(tool) for tool in request.tools or ()],
+        **_thinking_variables(request, context, template),
     )
-    return MessagesPrompt(await asyncio.to_thread(call), plan, chat)
+    continued = str(messages[-1]["content"]) if continues else ""
+    has_budget = request.thinking is not None and request.thinking.budget_tokens is not None
+    ignored = ("thinking.budget_tokens",) if has_budget else ()
+    return MessagesPrompt(await asyncio.to_thread(call), plan, chat, continued, ignored)
+
+
+def _thinking_variables(request: CountTokensRequest, context: ServerContext, template: ChatTemplate) -> dict[str, bool]:
+    """What the template is told of thinking, where it reads it. Raises InvalidRequest where none can be asked for."""
+    if request.thinking is None:
+        return {}
+    if request.thinking.type != "disabled" and context.reasoning is None:
+        raise InvalidRequest(
+            f"`thinking` is accepted as disabled only: the model {context.model_names[0]} does not think apart from "
+            "its answer, as far as the server knows; see --reasoning-parser.",
+            param="thinking",
+        )
+    if "enable_thinking" not in template.variables or request.thinking.type == "adaptive":
+        return {}
+    return {"enable_thinking": request.thinking.type == "enabled"}
 
 
 def _chat_request(request: CountTokensRequest) -> ChatRequest:

@@ -165,6 +165,8 @@ class ResponsesForm:
         logprobs = self._logprobs(delta)
         step = ToolStep(delta.text, ()) if self._tools is None else self._tools.feed(delta)
         events: list[Event] = []
+        if delta.reasoning:
+            events += self._items.add_reasoning(delta.reasoning)
         for call in step.calls:
             if call.name is None:
                 events += self._items.add_call(call)
@@ -173,7 +175,7 @@ class ResponsesForm:
         for call in step.calls:
             if call.name is not None:
                 events += self._items.add_call(call)
-        if step.text or step.calls:
+        if step.text or step.calls or delta.reasoning:
             self._waiting = []
         if delta.finish_reason is not None:
             events += self._items.close("incomplete" if delta.finish_reason is FinishReason.LENGTH else "completed")
@@ -205,7 +207,7 @@ class ResponsesForm:
             input_tokens=num_prompt,
             input_tokens_details=InputTokensDetails(cached_tokens=text.num_cached_tokens),
             output_tokens=text.num_output_tokens,
-            output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
+            output_tokens_details=OutputTokensDetails(reasoning_tokens=text.num_reasoning_tokens),
             total_tokens=num_prompt + text.num_output_tokens,
         )
 

@@ -96,7 +96,7 @@ class _ChoiceState:
     def add(self, delta: Delta) -> None:
         """Say it."""
         self._position += len(delta.token_ids)
-        self._text.update(delta.text.encode())
+        self._text.update((delta.reasoning + delta.text).encode())  # reasoning stands before all text
         self._ids.update(ids_as_bytes(delta.token_ids))
 
     def catch_up(self, index: int, *, is_finished: bool) -> None:

@@ -14,7 +14,8 @@ from app.api.translate import PreparedSequence
 from app.core.errors import EngineFailed, EngineUnavailable
 from app.core.types import EngineOutput, FinishReason, TokenLogprobs
 from app.text.detokenizer import Detokenizer
-from app.text.stop import StopMatcher
+from app.text.reasoning import ReasoningParser, ReasoningStep
+from app.text.stop import StopMatcher, StopStep
 from app.text.tokenizer import Tokenizer
 
 
@@ -31,6 +32,8 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...]
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    reasoning: str = ""
+    """What of it came before the answer, where the two are told apart."""
 
 
 class SequenceText:
@@ -43,7 +46,9 @@ class SequenceText:
         tokenizer: Tokenizer,
         *,
         eos_token_ids: Sequence[int],
+        reasoning: ReasoningParser | None = None,
     ) -> None:
+        """`reasoning` tells what is reasoning; None: all is answer."""
         self.prepared = sequence
         params = sequence.engine_request.params
         self._include_stop = bool(request.include_stop_str_in_output)
@@ -53,11 +58,19 @@ class SequenceText:
             tokenizer, request.skip_special_tokens is not False, after=sequence.prompt.token_ids
         )
         stops = request.stop_strings
+        self._reasoning = reasoning
         self._matcher = StopMatcher(stops, self._include_stop) if stops else None
         self.prompt_logprobs: list[TokenLogprobs] = []
         """Of prompt positions 1 and up; complete with the first delta."""
         self.num_output_tokens = 0
+        self.num_reasoning_tokens = 0
+        """Output tokens up to the end of the reasoning, its tags included."""
         self.num_cached_tokens = 0
+
+    @property
+    def splits_reasoning(self) -> bool:
+        """Whether reasoning is told from the answer."""
+        return self._reasoning is not None
 
     def feed(self, output: EngineOutput) -> Delta | None:
         """The next delta, or None where the step brought nothing to show (a prefill chunk).
@@ -74,14 +87,16 @@ class SequenceText:
         if reason is FinishReason.ABORT:
             raise SequenceAborted("The server is stopping and ended this request.")
         self.num_cached_tokens = output.num_cached_tokens
-        if self._matcher is None:
-            text, count, matched = self._push_plain(output), len(output.token_ids), None
-        else:
-            text, count, matched = self._push_matching(output, self._matcher)
+        if self._matcher is None and self._reasoning is None:
+            self.num_output_tokens += len(output.token_ids)
+            return Delta(self._push_plain(output), output.token_ids, output.logprobs, reason, output.stop_token_id)
+        step, count, matched = self._push_each(output)
         self.num_output_tokens += count
         if matched is not None:
-            return Delta(text, output.token_ids[:count], output.logprobs[:count], FinishReason.STOP, matched)
-        return Delta(text, output.token_ids, output.logprobs, reason, output.stop_token_id)
+            return Delta(
+                step.text, output.token_ids[:count], output.logprobs[:count], FinishReason.STOP, matched, step.reasoning
+            )
+        return Delta(step.text, output.token_ids, output.logprobs, reason, output.stop_token_id, step.reasoning)
 
     def _shown_tokens(self, output: EngineOutput) -> tuple[int, ...]:
         """Without the token that ended the sequence: it counts, but is no text. A grammar's last token is text."""
@@ -95,22 +110,53 @@ class SequenceText:
         text = self._detokenizer.push(self._shown_tokens(output))
         return text if output.finish_reason is None else text + self._detokenizer.finish()
 
-    def _push_matching(self, output: EngineOutput, matcher: StopMatcher) -> tuple[str, int, str | None]:
-        """Text, tokens accepted, stop string that ended the sequence. Token by token: only some may count."""
-        shown = self._shown_tokens(output)
-        parts: list[str] = []
-        for count, token_id in enumerate(shown, start=1):
-            piece = self._detokenizer.push((token_id,))
-            if self.num_output_tokens + count <= self._min_tokens:
-                # No stop string ends before min_tokens; one that begins before it may end behind it.
-                parts.append(matcher.pass_over(piece))
-                continue
-            step = matcher.push(piece)
-            parts.append(step.text)
-            if step.matched is not None:
-                return "".join(parts), count, step.matched
-        if output.finish_reason is None:
-            return "".join(parts), len(output.token_ids), None
-        last = matcher.push(self._detokenizer.finish())
-        parts += (last.text, "" if last.matched is not None else matcher.finish())
-        return "".join(parts), len(output.token_ids), last.matched
+    def _push_each(self, output: EngineOutput) -> tuple[ReasoningStep, int, str | None]:
+        """What is released, tokens accepted, the stop string that ended the sequence.
+
+        Token by token: only some may count, and each counts as reasoning or not.
+        """
+        parts: list[ReasoningStep] = []
+        matched: str | None = None
+        count = 0
+        for count, token_id in enumerate(self._shown_tokens(output), start=1):
+            text, matched = self._match(self._detokenizer.push((token_id,)), self.num_output_tokens + count)
+            parts.append(self._split(text, self.num_output_tokens + count))
+            if matched is not None:
+                break
+        if matched is None:
+            count = len(output.token_ids)
+            if output.finish_reason is not None:
+                text, matched = self._match_end()
+                parts.append(self._split(text, self.num_output_tokens + len(output.token_ids)))
+        if self._reasoning is not None and (matched is not None or output.finish_reason is not None):
+            parts.append(self._reasoning.finish())
+        reasoning, text = "".join([one.reasoning for one in parts]), "".join([one.text for one in parts])
+        return ReasoningStep(reasoning, text), count, matched
+
+    def _match(self, piece: str, num_tokens: int) -> StopStep:
+        """What of the text of token number `num_tokens` is certain to stand before any stop string."""
+        if self._matcher is None:
+            return StopStep(piece, None)
+        if num_tokens <= self._min_tokens:
+            # No stop string ends before min_tokens; one that begins before it may end behind it.
+            return StopStep(self._matcher.pass_over(piece), None)
+        return self._matcher.push(piece)
+
+    def _match_end(self) -> StopStep:
+        """The same for all that is left."""
+        rest = self._detokenizer.finish()
+        if self._matcher is None:
+            return StopStep(rest, None)
+        last = self._matcher.push(rest)
+        return last if last.matched is not None else StopStep(last.text + self._matcher.finish(), None)
+
+    def _split(self, text: str, num_tokens: int) -> ReasoningStep:
+        """The reasoning in a text that token number `num_tokens` brought."""
+        parser = self._reasoning
+        if parser is None:
+            return ReasoningStep("", text)
+        was_reasoning = parser.is_reasoning
+        step = parser.push(text)
+        if was_reasoning or parser.is_reasoning or step.reasoning:
+            self.num_reasoning_tokens = num_tokens
+        return step

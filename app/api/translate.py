@@ -18,11 +18,13 @@ import msgspec
 
 from app.api.constraint import prepare_grammar
 from app.api.deps import SamplingDefaults, ServerContext
+from app.api.reasoning import ReasoningPlan
 from app.api.schemas.completions import CompletionRequest, prompt_list
 from app.api.schemas.generation import GenerationRequest
 from app.api.schemas.limits import GREEDY_BELOW, MAX_BAD_WORD_IDS
 from app.core.errors import InvalidRequest
 from app.core.types import EngineLimits, EngineRequest, Grammar, SamplingParams
+from app.text.reasoning import ReasoningParser
 from app.text.tokenizer import Tokenizer
 
 Number = TypeVar("Number", int, float)
@@ -60,6 +62,11 @@ class PreparedGeneration:
     seed: int
     """As the client would send it to get the same answer."""
     sequences: tuple[PreparedSequence, ...]
+    reasoning: ReasoningPlan | None = None
+
+    def reasoning_parser(self) -> ReasoningParser | None:
+        """A parser for one of the sequences; None where reasoning is not told from answers."""
+        return None if self.reasoning is None else self.reasoning.parser()
 
 
 async def prepare_completion(
@@ -79,11 +86,15 @@ async def prepare_sequences(
     limits: EngineLimits,
     tenant: str,
     forced: Grammar | None = None,
+    reasoning: ReasoningPlan | None = None,
 ) -> PreparedGeneration:
-    """`n` sequences for each prompt. Prefixes are shared within one `tenant` only; `forced`: of tool calls."""
+    """`n` sequences for each prompt. Prefixes are shared within one `tenant` only; `forced`: of tool calls.
+
+    With `reasoning`, a form of the output begins behind that.
+    """
     seed = secrets.randbits(_DRAWN_SEED_BITS) if request.seed is None else request.seed
     bad_words = await _bad_words(request.bad_words or (), context.tokenizer)
-    grammar = await prepare_grammar(request, context.grammars, forced=forced)
+    grammar = await prepare_grammar(request, context.grammars, forced=forced, reasoning=reasoning)
     unique = secrets.token_hex(12)
     room = limits.max_model_len
     # Made once: all sequences share its lists of ids.
@@ -103,7 +114,7 @@ async def prepare_sequences(
                 priority=0 if request.priority is None else request.priority,
             )
             sequences.append(PreparedSequence(index, prompt_index, prompt, engine_request))
-    return PreparedGeneration(request, seed, tuple(sequences))
+    return PreparedGeneration(request, seed, tuple(sequences), reasoning)
 
 
 def reseed(generation: PreparedGeneration, seed: int) -> PreparedGeneration:

@@ -36,6 +36,11 @@ class Grammar(msgspec.Struct, frozen=True):
 
     kind: GrammarKind
     source: str
+    after: int | None = None
+    """The token that ends a model's reasoning: until it was drawn, all but an end of text is allowed, and the grammar
+    begins behind it."""
+    opened_by: int | None = None
+    """With it, that holds only for an output that begins with this token; any other follows the grammar at once."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -27,14 +27,25 @@ _COMPILED = 64
 class MatchState:
     """Where one sequence stands in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, params: SamplingParams, *, ends: NDArray[np.int32]) -> None:
+    def __init__(
+        self, matcher: LLMatcher, params: SamplingParams, *, ends: NDArray[np.int32], known: NDArray[np.int32]
+    ) -> None:
+        """(num_words,): the bits of the end-of-text ids, and of all ids that may be drawn without a grammar."""
+        grammar = params.grammar
+        assert grammar is not None
         self.matcher = matcher
+        self.opened_by = grammar.opened_by
+        """The token that begins reasoning in place of what the grammar asks for; None behind the first token."""
+        self._after = grammar.after
+        self.is_free = grammar.after is not None and grammar.opened_by is None
+        """In reasoning, which ends with the token `after`: anything goes but an end of text."""
+        self.free_mask = known & ~ends
         self.ends = ends
         """(num_words,): the bits of the end-of-text ids."""
         self.drops_ends = params.ignore_eos
         self.mask: NDArray[np.int32] | None = None
         """(num_words,), see `app.runner.base.Bitmask`; None until `compute_masks`, and again after each token."""
-        self.is_end = matcher.is_stopped() and not matcher.is_error()
+        self.is_end = False
         """Nothing may follow what is there."""
         self.error: str | None = None
         """Why the sequence cannot go on."""
@@ -48,11 +59,29 @@ class MatchState:
         """Go on by drawn tokens; afterwards `is_end`, `error`, or a mask to compute."""
         self.mask = None
         with self.failing_alone():
-            for token_id in token_ids:
+            for token_id in self._behind_reasoning(token_ids):
                 if not self.matcher.consume_token(token_id):
                     self.note_failure()
                     return
-            self.is_end = self.matcher.is_stopped()
+            self.is_end = not self.is_free and self.matcher.is_stopped()
+
+    def take_over(self, token_ids: Sequence[int]) -> None:
+        """Go on by tokens that another engine drew. Raises GrammarError where they do not fit."""
+        rest = self._behind_reasoning(token_ids)
+        if self.matcher.try_consume_tokens(rest) != len(rest):
+            raise GrammarError("the tokens handed over do not fit the grammar")
+        self.is_end = not self.is_free and self.matcher.is_stopped() and not self.matcher.is_error()
+
+    def _behind_reasoning(self, token_ids: Sequence[int]) -> list[int]:
+        """Those of the tokens, which come next, that the grammar follows."""
+        rest = list(token_ids)
+        if rest and self.opened_by is not None:
+            self.is_free = rest[0] == self.opened_by
+            self.opened_by = None
+        if self.is_free and self._after in rest:
+            self.is_free = False
+            return rest[rest.index(self._after) + 1 :]
+        return [] if self.is_free else rest
 
     @contextmanager
     def failing_alone(self) -> Iterator[None]:
@@ -80,6 +109,10 @@ class MaskMaker:
 
     def compute(self, states: Sequence[MatchState]) -> None:
         """Give each state its mask for the next token, or find that it is over. Releases the GIL."""
+        for state in states:
+            if state.is_free:
+                state.mask = state.free_mask
+        states = [state for state in states if not state.is_free]
         if not states:
             return
         ends = states[0].ends
@@ -92,6 +125,9 @@ class MaskMaker:
             if state.error is None and not state.note_failure():
                 state.is_end = not has_others[index]
                 state.mask = others[index] if state.drops_ends else masks[index]
+                if state.opened_by is not None:
+                    word, bit = divmod(state.opened_by, 32)
+                    state.mask.view(np.uint32)[word] |= np.uint32(1 << bit)
 
     def _fill(self, states: Sequence[MatchState], masks: NDArray[np.int32]) -> None:
         start, size = masks.ctypes.data, masks.strides[0]
@@ -114,6 +150,7 @@ class Matchers:
         self._eos_token_ids = tuple(eos_token_ids)
         self._vocabulary: LLTokenizer | None = None
         self._ends: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
+        self._known: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._masks = MaskMaker()
 
@@ -123,17 +160,16 @@ class Matchers:
         if params.grammar is None:
             raise ValueError(f"request {request.request_id!r} has no grammar")
         matcher = self._prototype(params.grammar).deep_copy()
-        output = list(request.output_token_ids)
-        if matcher.try_consume_tokens(output) != len(output):
-            raise GrammarError("the tokens handed over do not fit the grammar")
-        state = MatchState(matcher, params, ends=self._ends)
+        state = MatchState(matcher, params, ends=self._ends, known=self._known)
+        state.take_over(request.output_token_ids)
         if state.goes_on:
             self._masks.compute([state])
         if state.error is not None:
             raise GrammarError(state.error)
         return state
 
-    def _prototype(self, grammar: Grammar) -> LLMatcher:
+    def _prototype(self, asked: Grammar) -> LLMatcher:
+        grammar = Grammar(asked.kind, asked.source)
         compiled = self._compiled.get(grammar)
         if compiled is None:
             compiled = compile_grammar(grammar, self._load())
@@ -149,7 +185,8 @@ class Matchers:
             self._vocabulary = load_vocabulary(
                 self._model_dir, vocab_size=self._vocab_size, eos_token_ids=self._eos_token_ids
             )
-            self._ends = _bits((*self._vocabulary.eos_tokens,), self._vocabulary.vocab_size)
+            size = self._vocabulary.vocab_size
+            self._ends, self._known = _bits((*self._vocabulary.eos_tokens,), size), _bits(range(size), size)
         return self._vocabulary
 
 

@@ -132,18 +132,25 @@ class Chat:
     def _print(self, deltas: Iterator[Delta], *, into: list[str]) -> str:
         """Print and keep an answer; what is to be said of its end."""
         finish_reason: str | None = None
+        is_thinking = False
         for delta in deltas:
+            if delta.reasoning:
+                self._write(("" if is_thinking else "(thinking) ") + printable(delta.reasoning))
+                is_thinking = True
             if delta.text:
+                self._write(("\n\n" if is_thinking else "") + printable(delta.text))
+                is_thinking = False
                 into.append(delta.text)
-                self._sink.write(printable(delta.text))
-                self._sink.flush()
             finish_reason = delta.finish_reason or finish_reason
         if finish_reason == "length":
             return "(cut off: /set max_tokens N allows more)"
         return "" if finish_reason == "stop" else f"(ended: {finish_reason})"
 
     def _say(self, text: str) -> None:
-        self._sink.write(printable(text) + "\n")
+        self._write(printable(text) + "\n")
+
+    def _write(self, text: str) -> None:
+        self._sink.write(text)
         self._sink.flush()
 
 

@@ -40,6 +40,8 @@ class Delta(NamedTuple):
 
     text: str
     finish_reason: str | None
+    reasoning: str = ""
+    """What the model thinks before it answers."""
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -65,6 +67,7 @@ class _ModelList(msgspec.Struct):
 
 class _Part(msgspec.Struct):
     content: str | None = None
+    reasoning_content: str | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -225,7 +228,8 @@ def _delta_of(event: _Event) -> Delta | None:
         return None
     choice = event.choices[0]
     text = choice.text if choice.delta is None else choice.delta.content
-    return Delta("" if text is None else text, choice.finish_reason)
+    thought = None if choice.delta is None else choice.delta.reasoning_content
+    return Delta("" if text is None else text, choice.finish_reason, "" if thought is None else thought)
 
 
 def read_ready(response: httpx.Response) -> Ready | None:

@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from app.core.errors import ConfigurationError, InvalidRequest
 from app.text.model_files import read_json_object, read_special_tokens
+from app.text.reasoning import FORMS
 from app.text.tools import OPEN_TAG, CallForm
 
 MAX_RENDERED_CHARS = 8 * 1024 * 1024
@@ -59,6 +60,8 @@ class ChatTemplate:
         is_tagged = any(OPEN_TAG in source for source in sources.values()) or not self.reads_tools
         self.call_form = CallForm.TAGGED if is_tagged else CallForm.BARE
         """How a model of these templates writes its tool calls."""
+        self.shows_reasoning = any(one.closing in source for one in FORMS.values() for source in sources.values())
+        """Whether it speaks of the tags around a model's reasoning."""
         self.knows_developer = any("developer" in source for source in sources.values())
         """Whether the role `developer` means anything to the templates."""
         self._special_tokens = dict(special_tokens)

@@ -90,6 +90,10 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in data)
 
+    def token_id(self, text: str) -> int | None:
+        """The token whose content this is, as it stands in the vocabulary; None where there is none."""
+        return self._library.token_to_id(text)
+
     def is_special(self, token_id: int) -> bool:
         """Whether this id is a control token, shown only on request."""
         return token_id in self.vocabulary.special_ids

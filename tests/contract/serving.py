@@ -25,6 +25,7 @@ from app.api.responses_store import ResponseStore
 from app.client.engine_client import EngineClient
 from app.observability.metrics import Metrics
 from app.text import ChatTemplate, Tokenizer
+from app.text.reasoning import ReasoningForm
 from tests.contract.fake_engine import FakeEngine, fake_limits
 from tests.text_tokenizers import byte_level
 
@@ -135,6 +136,7 @@ def make_context(
     page: bool = True,
     responses: ResponseStore | None = None,
     kept: KeptStreams | None = None,
+    reasoning: ReasoningForm | None = None,
 ) -> ServerContext:
     """A context with what a test does not care about filled in."""
     metrics = Metrics(model_name=MODEL, prefix=prefix)
@@ -146,6 +148,7 @@ def make_context(
         admission=Admission(AdmissionLimits() if admission is None else admission, metrics=metrics),
         sampling_defaults=OpenAIDefaults() if defaults is None else defaults,
         chat_template=chat_template,
+        reasoning=reasoning,
         keys=keys,
         metrics_keys=metrics_keys,
         allowed_origins=allowed_origins,

@@ -83,6 +83,22 @@ async def test_each_kind_of_grammar_holds_its_output(model_dir: Path) -> None:
     assert text_of(lark)[0] + text_of(lark)[-1] == "<>" and len(text_of(lark)) == 6
 
 
+async def test_a_grammar_waits_for_the_end_of_reasoning(model_dir: Path) -> None:
+    """`<tool_call>` stands for that end. Before it nothing is held to the grammar, and the output does not end."""
+    closing = byte_level().token_id("<tool_call>")
+    assert closing is not None
+    waiting = msgspec.structs.replace(source.json_schema(SCHEMA), after=closing)
+    before = (*byte_level().encode_now("Hm 好", False), closing)
+    behind = msgspec.structs.replace(constrained("behind", waiting), output_token_ids=before)
+    async with running(config(model_dir)) as client:
+        inside, answer = await asyncio.gather(
+            complete(client, constrained("inside", waiting, max_tokens=20)), complete(client, behind)
+        )
+        await until_idle(client)
+    assert (inside.finish_reason, len(inside.token_ids)) == (FinishReason.LENGTH, 20) and EOS not in inside.token_ids
+    assert answer.finish_reason is FinishReason.STOP and is_valid(text_of(answer))
+
+
 async def test_a_kill_in_the_middle_changes_nothing(model_dir: Path) -> None:
     asked = [constrained(f"r{index}", source.json_schema(SCHEMA)) for index in range(6)]
     async with running(config(model_dir)) as client:

@@ -68,7 +68,15 @@ OF_CHAT: dict[str, dict[str, Any]] = {
 """Fields of chat alone that reach the engine → what they change; the values are below."""
 CHAT_SIDE = {
     *("messages", "top_logprobs", "add_generation_prompt", "continue_final_message"),
-    *("chat_template_kwargs", "reasoning_effort", "tools", "tool_choice", "parallel_tool_calls"),
+    *(
+        "chat_template_kwargs",
+        "reasoning_effort",
+        "include_reasoning",
+        "separate_reasoning",
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+    ),
 }
 """Honoured in the API process; tests/contract/test_chat.py and test_tools.py test each."""
 

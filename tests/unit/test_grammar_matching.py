@@ -142,3 +142,60 @@ def test_a_tokenizer_that_cannot_be_read_is_an_error_of_the_sequence(tmp_path: P
         (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(GrammarError, match="tokenizer"):
         Matchers(tmp_path, vocab_size=10, eos_token_ids=()).prepare(asked(WORDS))
+
+
+class TestBehindReasoning:
+    """A grammar that begins behind a model's reasoning: here `ñandú` begins that, and `<tool_call>` ends it."""
+
+    @pytest.fixture
+    def ids(self, tokenizer: Tokenizer) -> tuple[int, int]:
+        opening, closing = tokenizer.token_id("ñandú"), tokenizer.token_id("<tool_call>")
+        assert opening is not None and closing is not None
+        return opening, closing
+
+    def test_anything_goes_before_it_but_an_end(
+        self, matchers: Matchers, tokenizer: Tokenizer, ids: tuple[int, int]
+    ) -> None:
+        _, closing = ids
+        state = matchers.prepare(asked(msgspec.structs.replace(WORDS, after=closing)))
+        assert len(allowed(state)) == tokenizer.vocab_size + 7 - 1 and EOS not in allowed(state)
+        follow(state, tokenizer.encode_now("x Hello no x", False))
+        assert EOS not in allowed(state)
+        follow(state, [closing])
+        assert allowed(state) == allowed(matchers.prepare(asked(WORDS)))
+        follow(state, tokenizer.encode_now("no", False))
+        assert state.is_end and state.error is None
+
+    def test_where_the_model_decides_its_first_token_does(
+        self, matchers: Matchers, tokenizer: Tokenizer, ids: tuple[int, int]
+    ) -> None:
+        opening, closing = ids
+        grammar = msgspec.structs.replace(WORDS, after=closing, opened_by=opening)
+        plain = allowed(matchers.prepare(asked(WORDS)))
+        state = matchers.prepare(asked(grammar))
+        assert allowed(state) == plain | {opening}
+        follow(state, tokenizer.encode_now("no", False))
+        assert state.is_end
+        state = matchers.prepare(asked(grammar))
+        follow(state, [opening, *tokenizer.encode_now("Hm", False), closing])
+        assert allowed(state) == plain
+
+    def test_tokens_handed_over_lead_to_the_same_state(
+        self, matchers: Matchers, tokenizer: Tokenizer, ids: tuple[int, int]
+    ) -> None:
+        opening, closing = ids
+        token_ids = [opening, *tokenizer.encode_now("Hm", False), closing, *tokenizer.encode_now("no", False)]
+        grammar = msgspec.structs.replace(WORDS, after=closing, opened_by=opening)
+        whole = matchers.prepare(asked(grammar))
+        for count, token_id in enumerate(token_ids):
+            assert allowed(matchers.prepare(asked(grammar, token_ids[:count]))) == allowed(whole)
+            follow(whole, [token_id])
+        assert whole.is_end and matchers.prepare(asked(grammar, token_ids)).is_end
+
+    def test_a_batch_of_both_kinds(self, matchers: Matchers, tokenizer: Tokenizer, ids: tuple[int, int]) -> None:
+        free = matchers.prepare(asked(msgspec.structs.replace(WORDS, after=ids[1])))
+        bound = matchers.prepare(asked(WORDS))
+        for state, text in ((free, "x"), (bound, "Hello")):
+            state.accept(tokenizer.encode_now(text, False))
+        MASKS.compute([free, bound])
+        assert len(allowed(free)) > len(allowed(bound)) > 0

@@ -105,6 +105,17 @@ def test_chat_keeps_the_conversation() -> None:
     assert printed.startswith("你好 🌍\u2028\\x1b[2J\\x0d\nend\n") and "\x1b" not in printed
 
 
+def test_chat_shows_reasoning_and_does_not_keep_it() -> None:
+    def think(path: str, body: dict[str, Any]) -> Iterable[str | dict[str, Any]]:
+        thoughts = [{"choices": [{"index": 0, "delta": {"reasoning_content": text}}]} for text in ("Hm", ", so.")]
+        return [*thoughts, event_of("Yes.", is_chat=True), event_of("", is_chat=True, finish_reason="stop")]
+
+    with other_server(think) as server:
+        printed = chat(server, "one", "two")
+    assert printed.startswith("(thinking) Hm, so.\n\nYes.\n")
+    assert server.bodies[1]["messages"][1] == {"role": "assistant", "content": "Yes."}
+
+
 def test_chat_commands() -> None:
     with other_server(say) as server:
         lines = ("/help", "/set", "/set a [1]", "/set", "/set a", "/set", "/set model x", "/nope", "", "^C", "/system")

@@ -11,6 +11,8 @@ from tests.terminal_server import other_server
 def test_events() -> None:
     assert read_line('data: {"choices":[{"text":"a","finish_reason":null}]}') == Delta("a", None)
     assert read_line('data:{"choices":[{"delta":{"content":"b"},"finish_reason":"stop"}]}') == Delta("b", "stop")
+    thought = read_line('data: {"choices":[{"delta":{"reasoning_content":"c"}}]}')
+    assert thought == Delta("", None, reasoning="c")
     assert read_line('data: {"choices":[{"delta":{"role":"assistant"}}]}') == Delta("", None)
     for line in ("", ": keep-alive", "event: x", "data: [DONE]", 'data: {"choices":[],"usage":{}}'):
         assert read_line(line) is None

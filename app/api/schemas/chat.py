@@ -63,6 +63,8 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateKwargs | None = None
     reasoning_effort: Annotated[str, Meta(max_length=MAX_LABEL_CHARS)] | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -116,6 +118,9 @@ class AssistantMessage(msgspec.Struct, kw_only=True):
     content: str | None
     """None where there is nothing but calls."""
     refusal: None = None
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET
+    """What the model thought before it answered, under both names that clients read; where it did."""
     tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -151,6 +156,8 @@ class ChatDelta(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     role: Literal["assistant"] | msgspec.UnsetType = msgspec.UNSET
     content: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET
     tool_calls: list[ToolCallDelta] | msgspec.UnsetType = msgspec.UNSET
 
 

@@ -150,6 +150,8 @@ CHAT = FieldTable(
         Honoured("echo", "false", "boolean", "Begin with the final message's text where it is an assistant's."),
         Honoured("chat_template_kwargs", "none", "see below; 32", "Variables of the model's template."),
         Honoured("reasoning_effort", "none", "128 characters", "A variable of the template, where it reads it."),
+        Honoured("include_reasoning", "true", "boolean", "Send the reasoning where it is told from the answer."),
+        Honoured("separate_reasoning", "true", "boolean", "Tell it from the answer; false leaves it in the text."),
         Honoured("tools", "none", "functions; 128, 512 KiB", "What the model may call; see below."),
         Honoured("tool_choice", "auto", "none, auto, required, a function", "Whether it calls; see below."),
         Honoured("parallel_tool_calls", "true", "boolean", "Whether one answer may hold several calls."),
@@ -164,8 +166,6 @@ CHAT = FieldTable(
         Harmless("modalities", only(["text"]), '["text"]', "The model writes text."),
         Harmless("verbosity", only("medium"), "medium", "The model has no such dial."),
         Harmless("prediction", anything(), "anything", "A hint that changes no token."),
-        Harmless("include_reasoning", only(True), "true", "All that the model writes is sent."),
-        Harmless("separate_reasoning", only(False), "false", "Reasoning is not split off."),
         Harmless("best_of", one_or_n(), "1 or the value of `n`", "More samples than are returned are not drawn."),
         Harmless("no_stop_trim", only(False), "false", "See `include_stop_str_in_output`."),
     ),
@@ -199,6 +199,7 @@ _MESSAGES_PROMPT: tuple[Honoured, ...] = (
     Honoured("system", "none", "string or text blocks", "The system's message."),
     Honoured("tools", "none", "tools of the client's own; 128, 512 KiB", "What the model may call; see below."),
     Honoured("tool_choice", "auto", "auto, any, tool, none", "Whether it calls; see below."),
+    Honoured("thinking", "the model's", "disabled, enabled, adaptive", "Whether the model thinks first; see below."),
 )
 _MESSAGES_HARMLESS: tuple[Harmless, ...] = (
     Harmless("metadata", anything(), "anything", "A label."),
@@ -207,7 +208,6 @@ _MESSAGES_HARMLESS: tuple[Harmless, ...] = (
     Harmless("workspace_id", anything(), "anything", "A label."),
     Harmless("service_tier", only("auto", "standard_only"), "auto, standard_only", "There is one tier."),
     Harmless("speed", only("standard"), "standard", "There is one speed."),
-    Harmless("thinking", only({"type": "disabled"}), '{"type": "disabled"}', "All that the model writes is text."),
 )
 _MESSAGES_REFUSED: tuple[Refused, ...] = (
     Refused("output_config", "use `response_format` on `/v1/chat/completions`"),

@@ -57,6 +57,14 @@ class MessagesToolChoice(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     disable_parallel_tool_use: bool | None = None
 
 
+class ThinkingConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether the model thinks before it answers."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = None
+    """No effect: `max_tokens` bounds all."""
+
+
 class CountTokensRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What decides a prompt."""
 
@@ -65,6 +73,7 @@ class CountTokensRequest(msgspec.Struct, frozen=True, kw_only=True):
     system: str | list[ContentBlock] | None = None
     tools: Annotated[list[MessagesTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: MessagesToolChoice | None = None
+    thinking: ThinkingConfig | None = None
 
 
 class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
@@ -84,12 +93,23 @@ class TextBlock(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
     text: str
 
 
+class ThinkingBlock(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="thinking"):
+    """What the model thought before it answered."""
+
+    thinking: str
+    signature: str = ""
+    """Nothing is signed."""
+
+
 class ToolUseBlock(msgspec.Struct, frozen=True, tag_field="type", tag="tool_use"):
     """A call that the model made."""
 
     id: str
     name: str
     input: dict[str, Any]
+
+
+AnswerBlock = TextBlock | ThinkingBlock | ToolUseBlock
 
 
 class MessagesUsage(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,7 +131,7 @@ class MessagesResponse(msgspec.Struct, frozen=True, kw_only=True):
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
     model: str
-    content: list[TextBlock | ToolUseBlock]
+    content: list[AnswerBlock]
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: MessagesUsage
@@ -131,13 +151,19 @@ class ContentBlockStart(msgspec.Struct, frozen=True, tag_field="type", tag="cont
     """A block begins, empty."""
 
     index: int
-    content_block: TextBlock | ToolUseBlock
+    content_block: AnswerBlock
 
 
 class TextDelta(msgspec.Struct, frozen=True, tag_field="type", tag="text_delta"):
     """More of a text block."""
 
     text: str
+
+
+class ThinkingDelta(msgspec.Struct, frozen=True, tag_field="type", tag="thinking_delta"):
+    """More of a thinking block."""
+
+    thinking: str
 
 
 class InputJsonDelta(msgspec.Struct, frozen=True, tag_field="type", tag="input_json_delta"):
@@ -150,7 +176,7 @@ class ContentBlockDelta(msgspec.Struct, frozen=True, tag_field="type", tag="cont
     """More of a block."""
 
     index: int
-    delta: TextDelta | InputJsonDelta
+    delta: TextDelta | ThinkingDelta | InputJsonDelta
 
 
 class ContentBlockStop(msgspec.Struct, frozen=True, tag_field="type", tag="content_block_stop"):

@@ -127,6 +127,15 @@ must be of an object.
 where the model's calls are bare JSON it is a 400, as is `structured_outputs` beside tools unless `tool_choice` is
 none. An answer with calls finishes with "tool_calls".
 
+**Reasoning**: where the chat template speaks of `<think>` tags (or `--reasoning-parser` says so), what the model writes
+between them, before its answer, is sent as `reasoning_content` and, the same, as `reasoning`; `content` is the answer.
+Whether an output begins inside is told by the end of the prompt. White space at the ends of both is dropped.
+`include_reasoning` false leaves the reasoning out, `separate_reasoning` false leaves it in `content`, tags and all.
+`reasoning_effort` reaches a template that reads it; none also sets `enable_thinking` to false where the template has
+that. A form of the output, and calls that must be made, begin behind the reasoning. Calls are looked for in the answer
+alone. Stop strings end the reasoning, too. `logprobs` and `token_ids` are of all tokens;
+`usage.completion_tokens_details.reasoning_tokens` counts those up to the end of the reasoning, its tags included.
+
 **Log-probabilities** show a token that is part of a character as `bytes:\\xe4\\xbd`; `bytes` is exact.
 
 `usage` counts the template's tokens too, and an end token. What a model made beyond a stop string is not counted.
@@ -144,12 +153,18 @@ are a 400. `tool_choice` any and tool hold the output to calls whose input match
 that reads tools, as on [chat](chat.md). Where the model wrote a call whose input is no JSON object, or was cut in
 it, the answer has it as text.
 
+**Thinking**: what a model writes between `<think>` tags before its answer (see Reasoning on [chat](chat.md)) is a block
+of type `thinking`, with an empty signature. `thinking` enabled and disabled set `enable_thinking` where the template
+reads it; with disabled no such block is sent, whatever the model does. A budget has no effect: `max_tokens` bounds all.
+Where the server knows of no reasoning, anything but disabled is a 400.
+
 **The answer**: `stop_reason` is end_turn, max_tokens, model_context_window_exceeded (the context ended first),
 stop_sequence or tool_use. `usage.input_tokens` are those that no cache had; `cache_read_input_tokens` the others.
 Errors have Anthropic's form. `x-api-key` and `Authorization` both carry keys; `anthropic-version` and
 `anthropic-beta` are not looked at.
 
-**`/v1/messages/count_tokens`** takes `model`, `messages`, `system`, `tools` and `tool_choice`, with the same meaning.
+**`/v1/messages/count_tokens`** takes `model`, `messages`, `system`, `tools`, `tool_choice` and `thinking`, with
+the same meaning.
 """
 
 _RESPONSES_NOTES = """\
@@ -180,7 +195,8 @@ max_output_tokens for both); failed, in a stream. `usage.input_tokens` counts th
 **A stream** ends with response.completed, response.incomplete or response.failed; there is no `[DONE]`. A failure
 after the first byte is an event `error` and response.failed.
 
-`reasoning.summary` has no effect, since none is written; the reasoning itself is in its item.
+**Reasoning** is told from the answer as on [chat](chat.md), and is an item of its own, its text in `content`. There is
+no summary, and nothing is encrypted. `reasoning.effort` means what `reasoning_effort` means there.
 """
 
 PAGES: Mapping[str, Page] = MappingProxyType(
