@@ -107,6 +107,8 @@ def test_an_answer_without_reasoning_and_one_that_is_cut_in_it(server: FakeServe
     answer = ask(server)
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": "Yes.", "refusal": None}
     assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
+    say(server, "<think>Is 1 <")
+    assert ask(server)["choices"][0]["message"]["reasoning"] == "Is 1 <"
     say(server, SAID)
     cut = ask(server, max_tokens=12)
     assert cut["choices"][0]["message"]["content"] == "" and cut["choices"][0]["finish_reason"] == "length"

@@ -394,6 +394,7 @@ def test_responses_are_there_for_their_own_key_alone() -> None:
                     call(answer.id)
             with pytest.raises(openai.BadRequestError, match="not found"):
                 other.responses.create(model=MODEL, input="Hi", previous_response_id=answer.id)
+            assert mine.responses.create(model=MODEL, input="Hi", previous_response_id=answer.id).status == "completed"
             mine.responses.delete(answer.id)
 
 
