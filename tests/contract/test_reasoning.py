@@ -1,5 +1,6 @@
 """Reasoning told from answers, by the real clients: on chat, on Anthropic's messages, on responses."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -153,6 +154,24 @@ def test_stop_strings_end_reasoning_too(server: FakeServer) -> None:
     assert answer["choices"][0]["message"]["reasoning"] == "The user says 你好."
     assert answer["choices"][0]["message"]["content"] == "" and answer["choices"][0]["stop_reason"] == "So do"
     assert ask(server, stop="好！")["choices"][0]["message"]["content"] == "你"
+
+
+def test_a_stream_goes_on_in_the_middle_of_reasoning(server: FakeServer) -> None:
+    body = {"messages": HI, "stream": True, "seed": 5, "stream_options": {"resumable": True}}
+
+    def said(**headers: str) -> list[tuple[str, str, str]]:
+        """The cursor of each event, its reasoning and its text."""
+        response = server.post(body, CHAT, **headers)
+        assert response.status_code == 200, response.text
+        events = [event.removeprefix("id: ").split("\ndata: ") for event in response.text.split("\n\n") if event]
+        deltas = [(at, json.loads(data)["choices"][0]["delta"]) for at, data in events if data != "[DONE]"]
+        return [(at, delta.get("reasoning", ""), delta.get("content", "")) for at, delta in deltas]
+
+    whole = said()
+    for count in (1, 5, len(whole) // 2, len(whole) - 3):
+        both = whole[:count] + said(**{"last-event-id": whole[count - 1][0]})
+        assert "".join(reasoning for _, reasoning, _ in both) == THOUGHT
+        assert "".join(text for _, _, text in both) == ANSWER
 
 
 def test_log_probabilities_are_of_all_tokens(server: FakeServer) -> None:
