@@ -5,6 +5,7 @@ import asyncio
 import datetime
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -120,6 +121,7 @@ def _check_peers(options: Options, chosen: Sequence[str], say: Callable[[str], N
     for name in options.peers:
         if name not in known:
             raise ValueError(f"the server {name!r} is none of {', '.join(known)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server that was started must end with us
     model = resolve(default_model(), report=say)
     places = Places(peers=options.peers_dir, model=model.path, model_name=model.name)
     return not [name for name in options.peers if not _check_peer(known[name], places, chosen, say)]
