@@ -43,8 +43,8 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
-@pytest.fixture(scope="module")
-def url(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def scripted() -> tuple[str, ...]:
+    """Flags of a server that says HOSTILE over and over."""
     token_ids = Tokenizer.load(default_model_folder().path).encode_now(HOSTILE, False)
     script = {
         "vocab_size": 49152,
@@ -52,8 +52,12 @@ def url(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "step_seconds": 0.004,
         "load_seconds": 0.5,
     }
-    flags = ("--tier", "scripted", "--scripted", json.dumps(script))
-    with serve_default_model(tmp_path_factory.mktemp("page") / "log", *flags) as (_, url):
+    return ("--tier", "scripted", "--scripted", json.dumps(script))
+
+
+@pytest.fixture(scope="module")
+def url(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serve_default_model(tmp_path_factory.mktemp("page") / "log", *scripted()) as (_, url):
         yield url
 
 
@@ -81,8 +85,8 @@ def visit(browser: Browser, url: str) -> Iterator[Open]:
 
 
 def _note(complaints: list[str], kind: str, text: str) -> None:
-    # A refusal that a test provokes (400) is reported by the browser as an error of the network.
-    if kind in ("error", "warning") and "the server responded with a status of 400" not in text:
+    # A refusal that a test provokes (400, 401) is reported by the browser as an error of the network.
+    if kind in ("error", "warning") and not re.search("the server responded with a status of 40[01]", text):
         complaints.append(text)
 
 
@@ -280,6 +284,21 @@ def test_a_refused_setting_is_named(visit: Open) -> None:
     expect(page.locator("#tree li")).to_have_count(0)
 
 
+def test_an_answer_keeps_to_a_schema(visit: Open) -> None:
+    page = visit()
+    page.locator(".inner > summary").click()
+    schema = {"properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
+    page.fill("#f-response_format", json.dumps({"type": "object"} | schema))
+    run(page, "Is it?", max_tokens="120")
+    assert set(json.loads(answer_of(page))) == {"ok"}
+    page.fill("#f-response_format", '{"type": "objec"}')
+    page.click("#run")
+    expect(page.locator("#error")).to_contain_text("objec")
+    page.fill("#f-response_format", '{"type": ')
+    page.click("#run")
+    expect(page.locator("#error")).to_contain_text("JSON")
+
+
 def test_a_prompt_can_be_scored(visit: Open) -> None:
     page = visit()
     page.locator(".inner > summary").click()
@@ -327,6 +346,27 @@ def test_all_words_are_there_in_both_languages() -> None:
 
 def _keys(text: str) -> list[str]:
     return re.findall(r"(?:^|[,{]\s*|\n\s+)([a-z][A-Za-z0-9]*): [\"]", text)
+
+
+def test_with_keys_it_asks_for_one(browser: Browser, tmp_path: Path) -> None:
+    complaints: list[str] = []
+    keys = tmp_path / "keys"
+    keys.write_text("team: sesame-sesame-sesame\n")
+    with serve_default_model(tmp_path / "log", *scripted(), "--api-key-file", str(keys)) as (_, url):
+        page = browser.new_page(locale="en-US")
+        page.on("console", lambda message: _note(complaints, message.type, message.text))
+        page.goto(url)
+        expect(page.locator("#key-box")).to_be_visible()
+        page.fill("#key", "wrong")
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-box")).to_be_visible()
+        page.fill("#key", "sesame-sesame-sesame")
+        page.keyboard.press("Enter")
+        expect(page.locator("#model-facts")).not_to_have_attribute("hidden", "")
+        run(page, "x", max_tokens="5")
+        assert page.locator(".tok").count() == 5
+        page.context.close()
+    assert complaints == []
 
 
 def test_it_is_small(visit: Open) -> None:
