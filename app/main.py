@@ -81,7 +81,9 @@ def make_context(
     """Everything that the routes read. `listens_on`: the address, None where another's server listens."""
     keys = make_keys(settings)
     admission_limits = AdmissionLimits(
-        max_live_sequences=settings.max_live_sequences, max_waiting_tokens=settings.max_waiting_tokens
+        max_live_sequences=settings.max_live_sequences,
+        max_waiting_tokens=settings.max_waiting_tokens,
+        max_live_per_key=settings.max_live_per_key,
     )
     unknown = None if settings.unknown_fields is None else UnknownFields(settings.unknown_fields)
     override = None if settings.chat_template is None else Path(settings.chat_template)

@@ -64,8 +64,8 @@ class Settings(BaseSettings):
     )
     api_key_file: str | None = Field(
         None,
-        description="file with one API key a line, or name:key; read again when it changes. One key alone: "
-        f"the variable {API_KEY_VARIABLE}",
+        description="file with one API key a line, or name:key, with weight=2 or concurrency=8 after it; read again "
+        f"when it changes. One key alone: the variable {API_KEY_VARIABLE}",
     )
     metrics_key_file: str | None = Field(None, description="file with keys that open /metrics and nothing else")
 
@@ -113,6 +113,9 @@ class Settings(BaseSettings):
     )
     max_body_size: int = Field(2 * MIB, ge=1024, description="largest request body, bytes")
     max_live_sequences: int = Field(1024, ge=1, description="admitted sequences; beyond it 429 with Retry-After")
+    max_live_per_key: int | None = Field(
+        None, ge=1, description="admitted sequences of one API key; a key's own concurrency=N goes before it"
+    )
     max_waiting_tokens: int | None = Field(
         None, ge=1, description="prompt tokens that may wait; beyond it 429; default 32 times the context"
     )

@@ -4,16 +4,22 @@ Two doors. `enter` opens before the body is read, from the headers alone: it bou
 and sends clients away at once while the server is full. `admit` opens when the tokens are counted, before
 the engine hears of them. Both refuse with 429 and a Retry-After from the measured drain rate.
 
+Where there are keys, each has a bound of its own, and none may fill the house: a key holds at most four times what
+is left free (the dynamic thresholds of Choudhury and Hahne, 1998, for shared buffers), so that one key alone gets
+80 % and whoever comes next finds room. In which order admitted sequences run is the scheduler's affair.
+
 Invariants: every sequence admitted is given back exactly once, whatever ends it; the counts are 0 when
 nothing is in flight. One event loop's thread; no locks.
 """
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from app.api.share import Share
 from app.core.errors import InvalidRequest, TooManyRequests
 from app.observability.metrics import Metrics
 
@@ -23,6 +29,9 @@ _UNKNOWN_RETRY_AFTER = 5
 """Seconds, where nothing has drained yet."""
 _RATE_SECONDS = 10.0
 _CONTEXTS_WAITING = 32
+_KEY_SHARE = 4
+"""Times what is free that one key may hold."""
+_NOBODYS = Share()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +44,8 @@ class AdmissionLimits:
     request may exceed it when nothing else waits."""
     max_parsing_bytes: int = 128 * 1024 * 1024
     """Bodies being read, parsed and tokenized, together."""
+    max_live_per_key: int | None = None
+    """Sequences that one key has in flight, where the key itself has no number."""
     max_request_ids: int = 4_000_000
     """Token ids that the sequences of one request carry: each has its prompt and its parameters for itself."""
 
@@ -67,16 +78,17 @@ class DrainRate:
 class Place:
     """One admitted sequence's share of the counts."""
 
-    __slots__ = ("_admission", "_is_live", "_num_waiting_tokens")
+    __slots__ = ("_admission", "_is_live", "_num_waiting_tokens", "_tenant")
 
-    def __init__(self, admission: "Admission", num_prompt_tokens: int) -> None:
+    def __init__(self, admission: "Admission", num_prompt_tokens: int, *, tenant: str) -> None:
         self._admission = admission
+        self._tenant = tenant
         self._num_waiting_tokens = num_prompt_tokens
         self._is_live = True
 
     def stop_waiting(self) -> None:
         """The sequence gave its first output."""
-        self._admission.drain_tokens(self._num_waiting_tokens)
+        self._admission.drain_tokens(self._num_waiting_tokens, tenant=self._tenant)
         self._num_waiting_tokens = 0
 
     def leave(self) -> None:
@@ -84,7 +96,7 @@ class Place:
         if self._is_live:
             self._is_live = False
             self.stop_waiting()
-            self._admission.drain_sequence()
+            self._admission.drain_sequence(tenant=self._tenant)
 
 
 class BodyRoom:
@@ -115,12 +127,15 @@ class Admission:
         self.num_live_sequences = 0
         self.num_waiting_tokens = 0
         self.num_parsing_bytes = 0
+        self._live_of: Counter[str] = Counter()
+        self._waiting_of: Counter[str] = Counter()
 
     @contextmanager
-    def enter(self) -> Iterator["BodyRoom"]:
+    def enter(self, share: Share = _NOBODYS) -> Iterator["BodyRoom"]:
         """Room for a body while it is read and turned into tokens. Raises TooManyRequests."""
         if self.num_live_sequences >= self._limits.max_live_sequences:
-            self._refuse_sequences(1)
+            self._refuse_sequences(1, share)
+        self._check_key(share, 1)
         room = BodyRoom(self)
         try:
             yield room
@@ -137,17 +152,23 @@ class Admission:
             )
         self.num_parsing_bytes = total
 
-    def admit(self, num_prompt_tokens: list[int], *, max_model_len: int, num_param_ids: int = 0) -> list[Place]:
+    def admit(
+        self,
+        num_prompt_tokens: list[int],
+        *,
+        max_model_len: int,
+        num_param_ids: int = 0,
+        share: Share = _NOBODYS,
+    ) -> list[Place]:
         """A place for each sequence, given the token counts of their prompts and of each one's parameters.
 
         Raises TooManyRequests, or InvalidRequest where the request alone exceeds what could ever be live.
         """
         limits = self._limits
         num_sequences = len(num_prompt_tokens)
-        if num_sequences > limits.max_live_sequences:
+        if num_sequences > (most := self._most_of(share)):
             raise InvalidRequest(
-                f"`n` times the number of prompts is {num_sequences}; "
-                f"this server takes at most {limits.max_live_sequences} at once.",
+                f"`n` times the number of prompts is {num_sequences}; this server takes at most {most} at once.",
                 param="n",
             )
         num_ids = sum(num_prompt_tokens) + num_sequences * num_param_ids
@@ -158,37 +179,93 @@ class Admission:
                 param="n",
             )
         if self.num_live_sequences + num_sequences > limits.max_live_sequences:
-            self._refuse_sequences(num_sequences)
+            self._refuse_sequences(num_sequences, share)
+        self._check_key(share, num_sequences)
         max_waiting = limits.max_waiting_tokens
         if max_waiting is None:
             max_waiting = _CONTEXTS_WAITING * max_model_len
-        excess = self.num_waiting_tokens + sum(num_prompt_tokens) - max_waiting
+        num_new = sum(num_prompt_tokens)
+        excess = self._excess_tokens(share, num_new, max_waiting)
         if self.num_waiting_tokens > 0 and excess > 0:
-            self._metrics.count_rejection("max_waiting_tokens")
+            self._count_rejection("max_waiting_tokens", share)
             raise TooManyRequests(
                 f"{self.num_waiting_tokens} prompt tokens wait already; the limit is {max_waiting}. Try again later.",
                 retry_after=self._token_rate.seconds_for(excess),
             )
         self.num_live_sequences += num_sequences
-        self.num_waiting_tokens += sum(num_prompt_tokens)
-        return [Place(self, count) for count in num_prompt_tokens]
+        self.num_waiting_tokens += num_new
+        if share.tenant:
+            self._live_of[share.tenant] += num_sequences
+            self._waiting_of[share.tenant] += num_new
+            self._metrics.set_key_live(share.tenant, self._live_of[share.tenant])
+        return [Place(self, count, tenant=share.tenant) for count in num_prompt_tokens]
 
-    def drain_tokens(self, num_tokens: int) -> None:
+    def drain_tokens(self, num_tokens: int, *, tenant: str) -> None:
         """These prompt tokens wait no longer."""
         if num_tokens:
             self.num_waiting_tokens -= num_tokens
+            _take_off(self._waiting_of, tenant, num_tokens)
             self._token_rate.add(num_tokens)
 
-    def drain_sequence(self) -> None:
+    def drain_sequence(self, *, tenant: str) -> None:
         """One sequence is over."""
         self.num_live_sequences -= 1
         self._sequence_rate.add(1)
+        if tenant:
+            _take_off(self._live_of, tenant, 1)
+            self._metrics.set_key_live(tenant, self._live_of[tenant])
 
-    def _refuse_sequences(self, num_new: int) -> None:
+    def _most_of(self, share: Share) -> int:
+        """Sequences that a request of this key can ever have in flight."""
+        most = self._limits.max_live_sequences
+        if not share.tenant:
+            return most
+        own = self._limits.max_live_per_key if share.max_live is None else share.max_live
+        most = max(1, most * _KEY_SHARE // (1 + _KEY_SHARE))
+        return most if own is None else min(most, own)
+
+    def _check_key(self, share: Share, num_new: int) -> None:
+        """Refuse what is too much for this key, though not for the server."""
+        if not share.tenant:
+            return
+        live = self._live_of[share.tenant]
+        own = self._limits.max_live_per_key if share.max_live is None else share.max_live
+        free = self._limits.max_live_sequences - self.num_live_sequences - num_new
+        fair = max(_KEY_SHARE * free, 1)
+        most = fair if own is None else min(own, fair)
+        if live + num_new > most:
+            self._count_rejection("key_concurrency" if most == own else "key_share", share)
+            raise TooManyRequests(
+                f"{live} sequences of this API key are in flight; it may have {most} now. Try again later.",
+                retry_after=self._sequence_rate.seconds_for(live + num_new - most),
+            )
+
+    def _excess_tokens(self, share: Share, num_new: int, max_waiting: int) -> int:
+        """Waiting tokens that must drain before `num_new` may come; 0 or less: none."""
+        excess = self.num_waiting_tokens + num_new - max_waiting
+        waiting = self._waiting_of[share.tenant]
+        if share.tenant and waiting:
+            excess = max(excess, waiting + num_new + _KEY_SHARE * excess)
+        return excess
+
+    def _refuse_sequences(self, num_new: int, share: Share) -> None:
         excess = self.num_live_sequences + num_new - self._limits.max_live_sequences
-        self._metrics.count_rejection("max_live_sequences")
+        self._count_rejection("max_live_sequences", share)
         raise TooManyRequests(
             f"{self.num_live_sequences} sequences are in flight; "
             f"the limit is {self._limits.max_live_sequences}. Try again later.",
             retry_after=self._sequence_rate.seconds_for(excess),
         )
+
+    def _count_rejection(self, reason: str, share: Share) -> None:
+        self._metrics.count_rejection(reason)
+        if share.tenant:
+            self._metrics.count_key_rejection(share.tenant)
+
+
+def _take_off(counts: Counter[str], tenant: str, amount: int) -> None:
+    """Subtract; tenants with nothing are not kept."""
+    if tenant:
+        counts[tenant] -= amount
+        if not counts[tenant]:
+            del counts[tenant]

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import msgspec
@@ -33,6 +33,7 @@ from app.api.resumption import INEXACT_COMMENT, resume_header
 from app.api.schemas.decode import decode_keys
 from app.api.schemas.field_rules import FieldTable, UnknownFields, ignored_header
 from app.api.sequence_text import Delta, SequenceAborted, SequenceText
+from app.api.share import Share
 from app.api.sse import EventStream
 from app.api.translate import PreparedGeneration, PreparedSequence, num_ids
 from app.core.errors import DeadlineExceeded, EngineFailed, QueueTimeout
@@ -171,12 +172,18 @@ class GenerationAnswer:
         context, arrived = self._context, self._record.arrived
         counts = [len(text.prepared.prompt.token_ids) + text.num_output_tokens for text in texts]
         num_param_ids = num_ids(texts[0].prepared.engine_request.params) if texts else 0
-        places = context.admission.admit(counts, max_model_len=limits.max_model_len, num_param_ids=num_param_ids)
+        share = self._record.share
+        places = context.admission.admit(
+            counts, max_model_len=limits.max_model_len, num_param_ids=num_param_ids, share=share
+        )
         context.metrics.params_n.observe(self._request.num_samples)
         live: list[LiveSequence] = []
         for text, place in zip(texts, places, strict=True):
             prepared = text.prepared
-            meter = SequenceMeter(context.metrics, arrived=arrived, num_prompt_tokens=len(prepared.prompt.token_ids))
+            num_prompt_tokens = len(prepared.prompt.token_ids)
+            meter = SequenceMeter(
+                context.metrics, arrived=arrived, num_prompt_tokens=num_prompt_tokens, key_id=share.tenant or None
+            )
             context.metrics.params_max_tokens.observe(prepared.engine_request.params.max_tokens)
             live.append(LiveSequence(prepared, text=text, meter=meter, place=place))
         return live
@@ -301,7 +308,7 @@ class GenerationRun(Response):
         deadline = self._deadline(scope, record)
         with ExitStack() as parsing:
             check_headers(scope, context.limits)
-            room = parsing.enter_context(context.admission.enter())
+            room = parsing.enter_context(context.admission.enter(record.share))
             try:
                 body = await read_body(receive, context.limits, room=room)
             except ClientDisconnected:
@@ -344,7 +351,7 @@ class GenerationRun(Response):
             )
         ignored += prepared.ignored
         answer = GenerationAnswer(
-            prepared,
+            _in_share(prepared, record.share),
             context,
             limits=limits,
             record=record,
@@ -355,6 +362,20 @@ class GenerationRun(Response):
         del body, fields
         parsing.close()
         await answer.send(send)
+
+
+def _in_share(prepared: Prepared, share: Share) -> Prepared:
+    """With requests that say whose they are."""
+    if not share.tenant:
+        return prepared
+    sequences = tuple(
+        replace(
+            sequence,
+            engine_request=msgspec.structs.replace(sequence.engine_request, tenant=share.tenant, weight=share.weight),
+        )
+        for sequence in prepared.generation.sequences
+    )
+    return replace(prepared, generation=replace(prepared.generation, sequences=sequences))
 
 
 def _finish_reason_of(error: Exception) -> FinishReason:

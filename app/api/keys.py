@@ -1,6 +1,8 @@
 """API keys: who may ask. Read from a file or the environment, kept as hashes, checked in constant time.
 
-A file has one key a line, `name:key` or the key alone; blank lines and lines that begin with # are left out.
+A file has one key a line, `name:key` or the key alone, and after it, divided by blanks, `weight=2` (its share of
+tokens beside other keys) and `concurrency=8` (most sequences in flight) where they are wanted; blank lines and lines
+that begin with # are left out.
 It is looked at again at most once a second: a changed file takes effect without a restart. One that cannot
 be read any more changes nothing and is logged; one that is empty now lets nobody in.
 
@@ -12,7 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,12 +24,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.api.errors import Unauthorized, kind_of
 from app.api.record import RequestRecord
 from app.api.respond import ErrorResponse
+from app.api.share import Share
 from app.core.errors import ConfigurationError
 
 MIN_KEY_CHARS = 16
 MAX_KEY_CHARS = 512
 _NAMED = re.compile(r"^(?P<name>[A-Za-z0-9_.-]{1,64}):(?P<key>.*)$")
 _KEY = re.compile(rf"^[\x21-\x7e]{{{MIN_KEY_CHARS},{MAX_KEY_CHARS}}}$")
+_WEIGHT = re.compile(r"^[0-9]{1,6}(\.[0-9]{1,6})?$")
 _ID_CHARS = 12
 _LOOK_SECONDS = 1.0
 _OPEN_PATHS = frozenset({"/health", "/ready", "/"})
@@ -44,6 +48,13 @@ class Key:
     digest: bytes
     """Its SHA-256."""
     name: str | None
+    weight: float = 1.0
+    max_live: int | None = None
+
+    @property
+    def share(self) -> Share:
+        """What it may have."""
+        return Share(self.id, self.weight, self.max_live)
 
     @property
     def id(self) -> str:
@@ -118,7 +129,7 @@ class KeyLayer:
                 record.error_code = error.code or kind_of(error).code
                 await ErrorResponse(error, scope)(scope, receive, send)
                 return
-            record.key_id, record.key_name = key.id, key.name
+            record.key_id, record.key_name, record.share = key.id, key.name, key.share
         await self._app(scope, receive, send)
 
     def _rings(self, path: str) -> tuple[KeyRing | None, ...]:
@@ -166,7 +177,22 @@ def _parse_lines(lines: Iterable[str], source: str) -> Iterable[Key]:
 
 def _parse_line(line: str, source: str) -> Key:
     named = _NAMED.match(line)
-    return _make_key(line, None, source) if named is None else _make_key(named["key"].strip(), named["name"], source)
+    name, rest = (None, line) if named is None else (named["name"], named["key"].strip())
+    text, *options = rest.split() or [""]
+    key = _make_key(text, name, source)
+    for option in options:
+        key = _with_option(key, option, source)
+    return key
+
+
+def _with_option(key: Key, option: str, source: str) -> Key:
+    name, _, value = option.partition("=")
+    if name == "weight" and _WEIGHT.match(value) and float(value) > 0:
+        return replace(key, weight=float(value))
+    if name == "concurrency" and value.isdecimal() and int(value[:9]) > 0:
+        return replace(key, max_live=int(value[:9]))
+    # What it is may be part of a key.
+    raise ConfigurationError(f"{source}: behind a key only `weight=2` and `concurrency=8` are understood")
 
 
 def _make_key(key: str, name: str | None, source: str) -> Key:

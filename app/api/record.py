@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from starlette.types import Scope
 
+from app.api.share import Share
 from app.observability.sequence_meter import SequenceMeter
 
 _SCOPE_KEY = "headwater.record"
@@ -23,6 +24,7 @@ class RequestRecord:
         """Of the API key that the request came with: a short hash."""
         self.key_name: str | None = None
         """What the operator calls that key."""
+        self.share = Share()
         self.generation: int | None = None
         self.is_stream = False
         self.meters: tuple[SequenceMeter, ...] = ()

@@ -94,7 +94,11 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     cache_salt: str = ""
     """Requests with different salts never share KV blocks."""
     priority: int = 0
-    """Orders the waiting queue only; lower goes first."""
+    """Orders the tenant's sequences in the waiting queue only; lower goes first."""
+    tenant: str = ""
+    """Whose it is: tenants share the engine by tokens (`app.scheduler.shares`)."""
+    weight: float = 1.0
+    """The tenant's share beside others', above 0."""
     is_on_probation: bool = False
     """An engine died in a step that computed it: compute it in steps of its own until it has brought a token."""
 

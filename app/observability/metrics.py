@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily
@@ -67,6 +67,7 @@ class Metrics:
         """The last minute, for the live view."""
         self._make_step_metrics()
         self._make_http_metrics()
+        self._make_key_metrics()
 
     def _make_step_metrics(self) -> None:
         self._step_totals = (
@@ -104,6 +105,21 @@ class Metrics:
     def count_rejection(self, reason: str) -> None:
         """Admission control refused a request; `reason` is the limit that it hit."""
         self._rejections.labels(model_name=self._labels["model_name"], reason=reason).inc()
+
+    def count_key_rejection(self, key_id: str) -> None:
+        """Admission control refused a request of this key."""
+        self._key_rejections.labels(self._labels["model_name"], key_id).inc()
+
+    def set_key_live(self, key_id: str, num_sequences: int) -> None:
+        """So many sequences of this key are in flight now."""
+        self._key_live.labels(self._labels["model_name"], key_id).set(num_sequences)
+
+    def count_key_tokens(self, key_id: str, *, prompt: int = 0, generated: int = 0) -> None:
+        """Tokens of a key's sequences, counted as those of all are."""
+        if prompt:
+            self._key_prompt_tokens.labels(self._labels["model_name"], key_id).inc(prompt)
+        if generated:
+            self._key_generation_tokens.labels(self._labels["model_name"], key_id).inc(generated)
 
     def count_timeout(self, limit: str) -> None:
         """A request was ended because its deadline, or the longest wait in the queue, had come."""
@@ -187,6 +203,20 @@ class Metrics:
             registry=self.registry,
         )
         self._finished = {reason: finished.labels(*self._labels.values(), reason.value) for reason in FinishReason}
+
+    def _make_key_metrics(self) -> None:
+        labels = ["model_name", "key_id"]
+        self._key_prompt_tokens, self._key_generation_tokens, self._key_rejections = (
+            Counter(self.name(stem), description, labels, registry=self.registry)
+            for stem, description in (
+                ("key_prompt_tokens", "Prompt tokens of one API key's sequences that gave a first output."),
+                ("key_generation_tokens", "Output tokens of one API key's sequences."),
+                ("key_rejections", "Requests of one API key refused because a limit was reached."),
+            )
+        )
+        self._key_live = Gauge(
+            self.name("key_live_sequences"), "Sequences of one API key in flight.", labels, registry=self.registry
+        )
 
     def _make_http_metrics(self) -> None:
         self._rejections = Counter(

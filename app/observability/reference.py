@@ -54,6 +54,9 @@ def reference_page() -> str:
     metrics.count_rejection("")
     metrics.count_cut("")
     metrics.count_timeout("")
+    metrics.count_key_rejection("")
+    metrics.count_key_tokens("", prompt=1, generated=1)
+    metrics.set_key_live("", 1)
     metrics.count_response(handler="", method="", status=None)
     metrics.watch_engine(lambda: EngineSnapshot("", 0, 0, None, _LIMITS))
     rows: list[str] = []

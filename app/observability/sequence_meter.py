@@ -10,6 +10,7 @@ class SequenceMeter:
     __slots__ = (
         "_arrived",
         "_first",
+        "_key_id",
         "_last",
         "_metrics",
         "finish_reason",
@@ -19,8 +20,9 @@ class SequenceMeter:
         "queue_seconds",
     )
 
-    def __init__(self, metrics: Metrics, *, arrived: float, num_prompt_tokens: int) -> None:
+    def __init__(self, metrics: Metrics, *, arrived: float, num_prompt_tokens: int, key_id: str | None = None) -> None:
         self._metrics = metrics
+        self._key_id = key_id
         self._arrived = arrived
         self._first: float | None = None
         self._last = arrived
@@ -47,6 +49,8 @@ class SequenceMeter:
             self._last = now
             self.num_output_tokens += num_tokens
             metrics.generation_tokens.inc(num_tokens)
+            if self._key_id is not None:
+                metrics.count_key_tokens(self._key_id, generated=num_tokens)
 
     def finish(self, reason: FinishReason, *, now: float) -> None:
         """Count the end of the sequence; later calls do nothing."""
@@ -69,6 +73,8 @@ class SequenceMeter:
         metrics = self._metrics
         metrics.time_to_first_token.observe(now - self._arrived)
         metrics.prompt_tokens.inc(self.num_prompt_tokens)
+        if self._key_id is not None:
+            metrics.count_key_tokens(self._key_id, prompt=self.num_prompt_tokens)
         metrics.cached_prompt_tokens.inc(num_cached_tokens)
         if self.queue_seconds is not None:
             metrics.queue_time.observe(self.queue_seconds)

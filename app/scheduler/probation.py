@@ -9,13 +9,14 @@ Invariants: at most one running sequence is on probation, the trial; a step that
 
 from app.scheduler.queue import WaitingQueue
 from app.scheduler.sequence import Sequence
+from app.scheduler.shares import Shares
 
 
 class Probation:
     """The queue of those on probation, and the one whose turn it is."""
 
     def __init__(self) -> None:
-        self._queue = WaitingQueue()
+        self._queue = WaitingQueue(Shares())  # tried in turn: no share is counted
         self._was_lone = False
         self.trial: Sequence | None = None
         """The one that runs."""

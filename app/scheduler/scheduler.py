@@ -26,6 +26,7 @@ from app.scheduler.probation import Probation, num_lone_tokens
 from app.scheduler.queue import WaitingQueue
 from app.scheduler.rows import Rows
 from app.scheduler.sequence import Sequence
+from app.scheduler.shares import Shares
 from app.scheduler.step import Step
 
 
@@ -58,7 +59,8 @@ class Scheduler:
         self._kv = KVManager(
             config.num_kv_blocks, block_size=config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
-        self._queue = WaitingQueue()
+        self._shares = Shares()
+        self._queue = WaitingQueue(self._shares)
         self._probation = Probation()
         self._gate = PrefixGate()
         self._preparation = PreparationGate()
@@ -152,6 +154,9 @@ class Scheduler:
             return None
         self._num_steps += 1
         self._in_flight[self._num_steps] = step.sequences
+        for sequence, entry in zip(step.sequences, step.entries, strict=True):
+            request = sequence.request
+            self._shares.charge(request.tenant, len(entry.token_ids) + entry.sample, weight=request.weight)
         return StepPlan(self._num_steps, tuple(step.entries), self._rows.pop_released())
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> tuple[EngineOutput, ...]:
@@ -289,6 +294,7 @@ class Scheduler:
                 self._hold(sequence, producer, num_matched=match.num_blocks)
             elif self._kv.admit(sequence.blocks, sequence.token_ids, num_matched=match.num_blocks):
                 self._queue.discard(sequence)
+                self._shares.note_entry(sequence.request.tenant)
                 self._start(sequence, match, now)
                 num_tokens = step.num_tokens_for(sequence)
                 self._kv.cover(sequence.blocks, sequence.num_computed_tokens + num_tokens)

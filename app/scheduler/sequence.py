@@ -74,11 +74,9 @@ class Sequence:
         self._next_prompt_logprob = 1 if reads_prompt else self.num_prompt_tokens
 
     @property
-    def queue_key(self) -> tuple[bool, int, int]:
-        """Order in the waiting queue: preempted ones in front, then by priority, then as they came."""
-        if self.was_admitted:
-            return (False, 0, self.arrival)
-        return (True, self.request.priority, self.arrival)
+    def queue_key(self) -> tuple[int, int]:
+        """Order among a tenant's waiting sequences, or among preempted ones: by priority, then as they came."""
+        return (0 if self.was_admitted else self.request.priority, self.arrival)
 
     @property
     def max_cached_tokens(self) -> int:

@@ -208,3 +208,46 @@ def test_the_key_of_the_variable_is_taken_whole(monkeypatch: pytest.MonkeyPatch)
     assert ring is not None and ring.find("0123456789abcdef") is None
     found = ring.find("team:0123456789abcdef")
     assert found is not None and found.name is None
+
+
+def test_weight_and_concurrency_stand_behind_a_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"alice:{ALICE} weight=2.5\tconcurrency=2\n{BOB}\n")
+    with fake_server(keys=KeyRing(file=file)) as server:
+        for key in (ALICE, BOB):
+            assert server.post({"prompt": "Hi", "max_tokens": 3}, **bearer(key)).status_code == 200
+        alice, bob = server.engine.requests
+        assert (alice.weight, bob.weight) == (2.5, 1.0)
+        assert alice.tenant != bob.tenant and "" not in (alice.tenant, bob.tenant)
+        assert ALICE not in alice.tenant
+        # Her sequences are two at most, whatever others do.
+        refused = server.post({"prompt": "Hi", "n": 3}, **bearer(ALICE))
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "n"
+        server.engine.hold_at = 1
+        with server.http.stream(
+            "POST", "/v1/completions", json={"prompt": "Hi", "n": 2, "stream": True}, headers=bearer(ALICE)
+        ):
+            wait_until(lambda: len(server.engine.live) == 2)
+            refused = server.post({"prompt": "Hi"}, **bearer(ALICE))
+            assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+            server.engine.hold_at = None
+            assert server.post({"prompt": "Hi", "max_tokens": 1}, **bearer(BOB)).status_code == 200
+        wait_until(server.is_idle)
+
+        def of_alice(stem: str) -> float | None:
+            labels = {"model_name": MODEL, "key_id": alice.tenant}
+            return server.context.metrics.registry.get_sample_value(f"headwater_key_{stem}", labels)
+
+        assert of_alice("rejections_total") == 1 and of_alice("live_sequences") == 0
+        assert (of_alice("generation_tokens_total") or 0) >= 3 and (of_alice("prompt_tokens_total") or 0) >= 2
+        text = server.http.get("/metrics", headers=bearer(BOB)).text
+        assert ALICE not in text and BOB not in text
+
+
+@pytest.mark.parametrize("option", ["weight=0", "weight=-1", "weight=nan", "concurrency=0", "concurrency=x", "more"])
+def test_an_option_that_is_not_understood_ends_the_start(tmp_path: Path, option: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"alice:{ALICE} {option}\n")
+    with pytest.raises(ConfigurationError) as caught:
+        KeyRing(file=file)
+    assert "line 1" in str(caught.value) and ALICE not in str(caught.value) and option not in str(caught.value)

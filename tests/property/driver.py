@@ -262,8 +262,8 @@ class Driver:
 
     def _check_places(self) -> None:
         scheduler = self.scheduler
-        waiting = scheduler._queue._sequences
-        on_probation = scheduler._probation._queue._sequences
+        waiting = list(scheduler._queue)
+        on_probation = list(scheduler._probation._queue)
         held = scheduler._gate._producer_of_held
         preparing = scheduler._preparation._held
         places = [*scheduler._running, *waiting, *on_probation, *held, *preparing.values()]
@@ -277,7 +277,8 @@ class Driver:
         assert [s for s in scheduler._running if s.is_on_probation] == (
             [] if scheduler._probation.trial is None else [scheduler._probation.trial]
         )
-        assert [s.queue_key for s in waiting] == sorted(s.queue_key for s in waiting)
+        for group in (scheduler._queue._preempted, *scheduler._queue._by_tenant.values()):
+            assert [s.queue_key for s in group] == sorted(s.queue_key for s in group)
         running = set(scheduler._running)
         assert all(producer in running for producer in held.values()), "held for a sequence that does not run"
         assert all(s.num_computed_tokens < len(s.token_ids) for s in running)

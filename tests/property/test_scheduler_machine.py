@@ -60,6 +60,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         salt=st.sampled_from(["", "tenant"]),
         priority=st.integers(-1, 1),
+        tenant=st.sampled_from(["", "a", "b"]),
         num_prompt_logprobs=st.sampled_from([None, None, 1]),
         num_received=st.sampled_from([0, 0, 0, 1, 5, 100]),
         is_on_probation=st.booleans(),
@@ -74,6 +75,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ignore_eos: bool,
         salt: str,
         priority: int,
+        tenant: str,
         num_prompt_logprobs: int | None,
         num_received: int,
         is_on_probation: bool,
@@ -89,6 +91,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             priority=priority,
             num_prompt_logprobs=num_prompt_logprobs,
         )
+        request = msgspec.structs.replace(request, tenant=tenant)
         self.num_added += 1
         if self._fits(request):
             request = handed_over(request, num_received, config=self.driver.config)

@@ -54,6 +54,7 @@ def random_request(rng: random.Random, request_id: str, *, config: SchedulerConf
         num_logprobs=rng.choice([None, 1]),
         num_prompt_logprobs=rng.choice([None, None, None, 1]),
     )
+    request = msgspec.structs.replace(request, tenant=rng.choice(["", "", "a", "b"]), weight=rng.choice([1.0, 3.0]))
     if rng.random() < 0.2:  # the runner of these tests draws freely all the same: it is about the wait
         params = msgspec.structs.replace(request.params, grammar=Grammar(GrammarKind.REGEX, ".*"))
         request = msgspec.structs.replace(request, params=params)
@@ -78,4 +79,6 @@ def handed_over(request: EngineRequest, num_received: int, *, config: SchedulerC
         output_token_ids=whole.token_ids[:num_received],
         cache_salt=request.cache_salt,
         priority=request.priority,
+        tenant=request.tenant,
+        weight=request.weight,
     )

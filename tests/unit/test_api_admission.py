@@ -1,8 +1,11 @@
 """Admission: what is in flight is counted exactly, and refusals say when to come back."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from app.api.admission import Admission, AdmissionLimits
+from app.api.admission import Admission, AdmissionLimits, Place
+from app.api.share import Share
 from app.core.errors import InvalidRequest, TooManyRequests
 from app.observability.metrics import Metrics
 
@@ -108,3 +111,86 @@ def test_retry_after_comes_from_the_drain_rate() -> None:
     with pytest.raises(TooManyRequests) as stalled:
         admission.admit([1] * 40, max_model_len=10)
     assert stalled.value.retry_after == 30
+
+
+ALICE, BOB, CAROL = (Share(tenant=name) for name in ("alice", "bob", "carol"))
+
+
+def test_no_key_fills_the_house() -> None:
+    admission = make(max_live_sequences=100)
+    held = [admission.admit([1], max_model_len=1000, share=ALICE) for _ in range(80)]
+    with pytest.raises(TooManyRequests), admission.enter(ALICE):
+        pass
+    with pytest.raises(TooManyRequests):
+        admission.admit([1], max_model_len=1000, share=ALICE)
+    # Whoever comes next finds room, and so does a third.
+    for share, num_places in ((BOB, 16), (CAROL, 3)):
+        for _ in range(num_places):
+            with admission.enter(share):
+                held.append(admission.admit([1], max_model_len=1000, share=share))
+        with pytest.raises(TooManyRequests):
+            admission.admit([1], max_model_len=1000, share=share)
+    for places in held:
+        places[0].leave()
+    assert admission.num_live_sequences == 0 and not admission._live_of and not admission._waiting_of
+    assert (
+        admission._metrics.registry.get_sample_value(
+            "headwater_key_rejections_total", {"model_name": "m", "key_id": "alice"}
+        )
+        == 2
+    )
+    assert (
+        admission._metrics.registry.get_sample_value(
+            "headwater_key_live_sequences", {"model_name": "m", "key_id": "alice"}
+        )
+        == 0
+    )
+    # What a key can never have is the client's mistake.
+    with pytest.raises(InvalidRequest):
+        admission.admit([1] * 81, max_model_len=1000, share=ALICE)
+
+
+def test_a_key_has_the_sequences_that_the_operator_gave_it() -> None:
+    admission = make(max_live_sequences=100, max_live_per_key=2)
+    own = Share(tenant="own", max_live=5)
+    for share, most in ((ALICE, 2), (own, 5)):
+        places = admission.admit([1] * most, max_model_len=1000, share=share)
+        with pytest.raises(TooManyRequests), admission.enter(share):
+            pass
+        places[0].leave()
+        with admission.enter(share):
+            pass
+        with pytest.raises(InvalidRequest):
+            admission.admit([1] * (most + 1), max_model_len=1000, share=share)
+
+
+def test_no_key_fills_the_queue_with_its_prompts() -> None:
+    admission = make(max_waiting_tokens=1000)
+    admission.admit([600], max_model_len=1000, share=ALICE)
+    admission.admit([200], max_model_len=1000, share=ALICE)
+    with pytest.raises(TooManyRequests):
+        admission.admit([1], max_model_len=1000, share=ALICE)
+    admission.admit([150], max_model_len=1000, share=BOB)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_counts_follow_what_is_in_flight_whatever_happens(data: st.DataObject) -> None:
+    admission = make(max_live_sequences=20, max_waiting_tokens=60)
+    live: list[tuple[Share, int, Place]] = []
+    for _ in range(data.draw(st.integers(1, 40))):
+        leaves: bool = data.draw(st.booleans())
+        if live and leaves:
+            live.pop(data.draw(st.integers(0, len(live) - 1)))[2].leave()
+        share = data.draw(st.sampled_from([Share(), ALICE, BOB]))
+        counts = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
+        try:
+            places = admission.admit(counts, max_model_len=100, share=share)
+        except TooManyRequests:
+            continue
+        live += [(share, count, place) for count, place in zip(counts, places, strict=True)]
+        assert admission.num_live_sequences == len(live) <= 20
+        assert admission.num_waiting_tokens == sum(count for _, count, _ in live)
+        for one in (ALICE, BOB):
+            assert admission._live_of[one.tenant] == sum(share is one for share, _, _ in live)
+            assert admission._waiting_of[one.tenant] == sum(count for share, count, _ in live if share is one)

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from app.api.body import check_headers, read_body
 from app.api.deps import ServerContext
 from app.api.openapi import BODY_ERRORS, json_reply
+from app.api.record import RequestRecord
 from app.api.schemas.decode import decode_keys
 from app.core.errors import EngineUnavailable, InvalidRequest, NotFound
 
@@ -26,7 +27,7 @@ def routes(context: ServerContext) -> APIRouter:
     async def create_embedding(request: Request) -> Response:
         """Always refused: the served model writes text and is no embedding model."""
         check_headers(request.scope, context.limits)
-        with context.admission.enter() as room:
+        with context.admission.enter(RequestRecord.of(request.scope).share) as room:
             decode_keys(await read_body(request.receive, context.limits, room=room))
         raise InvalidRequest(
             f"The served model {context.model_names[0]} writes text; it is no embedding model. "

@@ -9,6 +9,7 @@ from app.api.generation import GenerationRun
 from app.api.messages_form import MessagesEndpoint
 from app.api.messages_prompt import render_conversation
 from app.api.openapi import BODY_ERRORS, json_body, json_reply, messages_reply, timed_body
+from app.api.record import RequestRecord
 from app.api.respond import JsonResponse
 from app.api.schemas.decode import decode_keys, decode_struct
 from app.api.schemas.field_rules import ignored_header
@@ -47,7 +48,7 @@ def routes(context: ServerContext) -> APIRouter:
     async def count_message_tokens(request: Request) -> Response:
         """How many tokens the prompt of such a conversation has."""
         check_headers(request.scope, context.limits)
-        with context.admission.enter() as room:
+        with context.admission.enter(RequestRecord.of(request.scope).share) as room:
             return await _count(await read_body(request.receive, context.limits, room=room), context)
 
     return router

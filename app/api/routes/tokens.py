@@ -13,6 +13,7 @@ from app.api.body import check_headers, read_body
 from app.api.chat_prompt import check_kwargs, render, require_template
 from app.api.deps import ServerContext
 from app.api.openapi import BODY_ERRORS, json_body, json_reply
+from app.api.record import RequestRecord
 from app.api.respond import JsonResponse
 from app.api.schemas.decode import decode_keys, decode_struct
 from app.api.schemas.field_rules import UnknownFields
@@ -48,7 +49,7 @@ def routes(context: ServerContext) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of the prompt that messages make."""
         check_headers(request.scope, context.limits)
-        with context.admission.enter() as room:
+        with context.admission.enter(RequestRecord.of(request.scope).share) as room:
             body, fields = await _read(request, context, TokenizeRequest, room=room)
             return JsonResponse(await _tokenize(body, fields, context))
 
@@ -61,7 +62,7 @@ def routes(context: ServerContext) -> APIRouter:
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
         check_headers(request.scope, context.limits)
-        with context.admission.enter() as room:
+        with context.admission.enter(RequestRecord.of(request.scope).share) as room:
             body, _ = await _read(request, context, DetokenizeRequest, room=room)
             return JsonResponse(await _detokenize(body, context))
 

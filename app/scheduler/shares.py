@@ -1,0 +1,50 @@
+"""Who has been served how much: one counter a tenant, of tokens over weight.
+
+The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): of the tenants
+that wait, the one with the least counter goes next. What is counted is what the engine did: each token computed, and
+each one drawn once more, so that output costs twice what a prompt does, and cached prefixes nothing.
+
+A tenant that begins to wait is lifted to the least counter of those that wait already, or, where nobody does, to that
+of the tenant that was let in last: not having asked earns nothing. So counters also start level after a restart.
+
+Invariant: of two tenants that wait all the while, neither is served more than the other, over its weight, by more
+than a constant (a step's budget and one sequence's tokens over the least weight), however many requests either sends.
+"""
+
+from collections.abc import Iterable
+
+MAX_TENANTS = 4096
+"""Counters kept of tenants that do not wait; beyond it the smallest are forgotten: they would be lifted most."""
+
+
+class Shares:
+    """The counters of one scheduler."""
+
+    def __init__(self) -> None:
+        self._counters: dict[str, float] = {}
+        self._last = 0.0
+        """The counter of the tenant that was let in last, as it was then."""
+
+    def charge(self, tenant: str, num_tokens: int, *, weight: float) -> None:
+        """The engine works on so many tokens of this tenant's."""
+        self._counters[tenant] = self._counters.get(tenant, 0.0) + num_tokens / weight
+
+    def lift(self, tenant: str, waiting: Iterable[str]) -> None:
+        """The tenant begins to wait, beside those of `waiting`."""
+        level = min(map(self.of, waiting), default=self._last)
+        self._counters[tenant] = max(level, self.of(tenant))
+        self._forget_some(tenant)
+
+    def note_entry(self, tenant: str) -> None:
+        """A sequence of this tenant leaves the queue."""
+        self._last = self.of(tenant)
+
+    def of(self, tenant: str) -> float:
+        """The tenant's counter."""
+        return self._counters.get(tenant, 0.0)
+
+    def _forget_some(self, newest: str) -> None:
+        if len(self._counters) <= MAX_TENANTS:
+            return
+        kept = sorted(self._counters, key=self._counters.__getitem__)[MAX_TENANTS // 2 :]
+        self._counters = {tenant: self._counters[tenant] for tenant in {*kept, newest}}
