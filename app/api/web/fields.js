@@ -51,9 +51,10 @@ export const FIELDS = [
 export const meaning = (name, language) => (T[name] ?? ["", ""])[language === "zh" ? 1 : 0];
 
 export class Invalid extends Error {
-  constructor(name) {
+  constructor({ name, kind }) {
     super(name);
     this.field = name;
+    this.kind = kind;
   }
 }
 
@@ -61,12 +62,12 @@ export class Invalid extends Error {
 export function valueOf(field, control) {
   if (field.kind === "flag") return control.checked === Boolean(field.initial) ? undefined : control.checked;
   const text = control.value;
-  if (!control.validity.valid) throw new Invalid(field.name);
+  if (!control.validity.valid) throw new Invalid(field);
   if (text.trim() === "") return undefined;
   try {
     return READERS[field.kind](text, field);
   } catch {
-    throw new Invalid(field.name);
+    throw new Invalid(field);
   }
 }
 

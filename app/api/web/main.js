@@ -268,6 +268,8 @@ function stop() {
   running?.controller.abort();
 }
 
+const WANTED = { ids: "wantedIds", json: "wantedJson" };
+
 function guard(make) {
   try {
     return make();
@@ -275,7 +277,7 @@ function guard(make) {
     if (!(error instanceof Invalid)) throw error;
     byId(`f-${error.field}`).closest("details").open = true;
     byId(`f-${error.field}`).focus();
-    fail(new Error(t("badSetting", error.field)));
+    fail(new Error(t("badSetting", error.field, t(WANTED[error.kind] ?? "wantedNumber"))));
     return null;
   }
 }
