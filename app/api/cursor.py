@@ -36,11 +36,13 @@ class ChoiceCursor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     position: Annotated[int, Meta(ge=0, lt=INT32)]
     """Output tokens in the events that were sent. 0: its opening was, and no token."""
     text: Digest
-    """Of the text of these tokens, as far as it was sent."""
+    """Of the reasoning and the text of these tokens, as far as it was sent."""
     token_ids: Digest
     num_cached_tokens: Annotated[int, Meta(ge=0, lt=INT32)]
     """What its usage says."""
     is_finished: bool = False
+    num_reasoning_tokens: Annotated[int, Meta(ge=0, lt=INT32)] = 0
+    """Of a choice that is finished: its usage says so."""
 
 
 class Cursor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):

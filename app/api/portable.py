@@ -105,6 +105,7 @@ class PortableStream:
             text.num_cached_tokens = start.at.num_cached_tokens
             if start.is_over:
                 text.num_output_tokens = start.at.position
+                text.num_reasoning_tokens = start.at.num_reasoning_tokens
                 continue
             params = text.prepared.engine_request.params
             if params.num_prompt_logprobs is not None:

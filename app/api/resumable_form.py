@@ -50,8 +50,11 @@ class ResumableForm:
         if openings:
             self._choices[index] = _ChoiceState(None).cursor(text.num_cached_tokens)
             openings = [_stamped(opening, self._cursor()) for opening in openings]
-        is_finished = delta.finish_reason is not None
-        self._choices[index] = state.cursor(text.num_cached_tokens, is_finished=is_finished)
+        cursor = state.cursor(text.num_cached_tokens)
+        if delta.finish_reason is not None:
+            num_reasoning = text.num_reasoning_tokens
+            cursor = msgspec.structs.replace(cursor, is_finished=True, num_reasoning_tokens=num_reasoning)
+        self._choices[index] = cursor
         return b"".join(openings) + (_stamped(last, self._cursor()) if last else b"")
 
     def end(self) -> bytes:
@@ -112,9 +115,9 @@ class _ChoiceState:
             )
         self._target = None
 
-    def cursor(self, num_cached_tokens: int, *, is_finished: bool = False) -> ChoiceCursor:
-        """For the client that has what was said so far."""
-        return ChoiceCursor(self._position, self._text.digest(), self._ids.digest(), num_cached_tokens, is_finished)
+    def cursor(self, num_cached_tokens: int) -> ChoiceCursor:
+        """For the client that has what was said so far, and it is not the end."""
+        return ChoiceCursor(self._position, self._text.digest(), self._ids.digest(), num_cached_tokens)
 
 
 def _split(data: bytes) -> list[bytes]:

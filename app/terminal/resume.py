@@ -61,19 +61,23 @@ class ResumingStream:
         body: Mapping[str, Any],
         *,
         headers: Mapping[str, str] | None = None,
+        hands_back: bool = True,
         patience: float = PATIENCE_SECONDS,
         on_cut: Callable[[str], None] | None = None,
         http: httpx.Client | None = None,
     ) -> None:
-        """`patience`: seconds without a new event until it gives up; `on_cut` is told why it asks again."""
+        """`hands_back`: ask for token ids and send them with the cursor, so that a server reads what was said, many
+        tokens at once, instead of saying it again. `patience`: seconds without a new event until it gives up.
+        `on_cut` is told why it asks again.
+        """
         if not urls:
             raise ValueError("there must be at least one server")
         self._urls = [url.rstrip("/") for url in urls]
         self._path = path
         self._shows_ids = bool(body.get("return_token_ids"))
         self._options = {**(body.get("stream_options") or {}), "resumable": True}
-        # With the ids at hand a server reads what was said, many tokens at once, instead of saying it again.
-        self._body = {**body, "stream": True, "return_token_ids": True}
+        self._hands_back = hands_back
+        self._body = {**body, "stream": True} | ({"return_token_ids": True} if hands_back else {})
         self._headers = dict(headers or {})
         self._patience = patience
         self._on_cut = on_cut
@@ -119,7 +123,7 @@ class ResumingStream:
         headers, options = dict(self._headers), dict(self._options)
         if self.cursor:
             headers["last-event-id"] = self.cursor
-            options["resume_token_ids"] = self._token_ids
+            options |= {"resume_token_ids": self._token_ids} if self._hands_back else {}
         body = {**self._body, "stream_options": options}
         try:
             with self._http.stream("POST", url + self._path, json=body, headers=headers) as response:

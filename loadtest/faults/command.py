@@ -19,9 +19,10 @@ from loadtest.faults.kills import run_kills
 from loadtest.faults.ledger import RESULTS, Ledger, read
 from loadtest.faults.matrix import cells, run_matrix
 from loadtest.faults.poison import run_poison
+from loadtest.faults.portable import chats, completions, run_portable
 from loadtest.faults.price import run_price
 from loadtest.faults.report import AIMED_TRIALS, PAGE, render
-from loadtest.faults.server import default_settings, scripted_settings
+from loadtest.faults.server import default_flags, default_settings, scripted_flags, scripted_settings
 from loadtest.faults.streams import scripted_bodies, text_bodies
 from loadtest.faulty_engine import Kind, Phase
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 NUM_STREAMS = 64
+NUM_PORTABLE = 16
 MATRIX_PART = 24
 """Cells between two looks at the clock."""
 
@@ -122,6 +124,34 @@ async def _model_kills(ledger: Ledger, seconds: float, seed: int) -> None:
     )
 
 
+async def _portable(ledger: Ledger, seconds: float, seed: int) -> None:
+    await asyncio.to_thread(
+        run_portable,
+        scripted_flags(step_seconds=0.02),
+        completions(scripted_bodies(36, max_tokens=100)),
+        ledger,
+        cell="scripted tier",
+        num_streams=NUM_PORTABLE,
+        num_kills=100,
+        seconds=seconds,
+        seed=seed,
+    )
+
+
+async def _model_portable(ledger: Ledger, seconds: float, seed: int) -> None:
+    await asyncio.to_thread(
+        run_portable,
+        default_flags(),
+        completions(text_bodies(18, max_tokens=80)) + chats(4, max_tokens=80),
+        ledger,
+        cell="default model, native tier",
+        num_streams=NUM_PORTABLE,
+        num_kills=100,
+        seconds=seconds,
+        seed=seed,
+    )
+
+
 async def _poison(ledger: Ledger, seconds: float, seed: int) -> None:
     deadline = time.monotonic() + seconds
     plan: list[tuple[Kind, Phase]] = [
@@ -157,6 +187,8 @@ async def _price(ledger: Ledger, seconds: float, seed: int) -> None:
 ITEMS: dict[str, tuple[Callable[[Ledger, float, int], Coroutine[None, None, None]], float]] = {
     "kills": (_kills, 3.0),
     "model-kills": (_model_kills, 5.0),
+    "portable": (_portable, 3.0),
+    "model-portable": (_model_portable, 3.0),
     "matrix": (_matrix, 5.0),
     "poison": (_poison, 1.0),
     "aborts": (_aborts, 1.0),

@@ -12,7 +12,8 @@ import msgspec
 from app.client.settings import Supervision
 from app.settings import Settings
 from loadtest.faults.ledger import Ledger, Outcome
-from loadtest.faults.server import FaultServer, scripted_settings, serving, until
+from loadtest.faults.portable import API_KILL, API_STEP_SECONDS, completions, run_api_kills
+from loadtest.faults.server import FaultServer, scripted_flags, scripted_settings, serving, until
 from loadtest.faults.streams import Body, Said, Stream, make_oracle, run_stream, scripted_bodies
 from loadtest.faulty_engine import Fault, Kind
 
@@ -28,7 +29,6 @@ NOT_APPLICABLE = {
     "grammar crash": "not injected yet; tests/process/test_grammar.py ends one row by it",
     "tokenizer exception": "tokenizing happens before admission, in the API process; tests/contract holds it",
     "full disk": "neither process writes to a disk while it serves",
-    "SIGKILL of the API process": "needs portable streams",
 }
 """Rows of the plan that are not run, and why."""
 
@@ -42,7 +42,7 @@ def cells() -> list[tuple[str, str]]:
         for phase in PHASES
         for kind in KINDS
         if (kind != "row_error" or phase in row_phases) and (kind != "no_descriptors" or phase in descriptor_phases)
-    ]
+    ] + [(API_KILL, phase) for phase in PHASES]
 
 
 def settings() -> Settings:
@@ -156,6 +156,12 @@ class Matrix:
 
 async def run_matrix(ledger: Ledger, chosen: list[tuple[str, str]]) -> None:
     """These cells once. Each drain needs a server of its own, the others share one until it is wrong."""
+    whole = [phase for kind, phase in chosen if kind == API_KILL]
+    if whole:
+        others = [one for one in scripted_bodies(9, max_tokens=60) if one[0] in ("greedy", "n=2", "logprobs")]
+        flags = scripted_flags(step_seconds=API_STEP_SECONDS)
+        await asyncio.to_thread(run_api_kills, ledger, whole, flags, completions(others))
+    chosen = [(kind, phase) for kind, phase in chosen if kind != API_KILL]
     drains = [(kind, phase) for kind, phase in chosen if phase == "drain"]
     rest = [(kind, phase) for kind, phase in chosen if phase != "drain"]
     while rest:

@@ -44,6 +44,16 @@ def render(trials: list[Trial]) -> str:
 
 _SIMPLE = (
     (
+        "portable",
+        "`kill -9` of a whole server",
+        "The API process and its engine are killed under 16 live streams of mixed kinds, and each stream goes on on a "
+        "second server that shares nothing but the model's files ([how](how-to/resume-a-stream.md)): half of them hand "
+        "their token ids back (by tokens), the others are decoded again (by decode). Each is compared with an ordinary "
+        "stream in one piece: text, arguments of calls, log-probabilities, finish reasons, usage. One trial is one "
+        "kill; seconds are from the kill to the next event of the first stream, and of the last. `bytes` are of text, "
+        "`differing` are streams.",
+    ),
+    (
         "poison",
         "One request that ends engines",
         "One request ends every engine that computes it; the others must not notice more than a pause. At most 3 "

@@ -1,6 +1,7 @@
 """A whole server in this process's event loop, with an engine process that can be told to fail."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -28,6 +29,7 @@ from loadtest.faulty_engine import Fault
 WAIT_SECONDS = 60.0
 DEFAULT_MODEL = "smollm2-135m-instruct-q4"
 VOCAB_SIZE = 49152
+SCRIPT: dict[str, float | int | str] = {"vocab_size": VOCAB_SIZE, "block_size": 16, "num_kv_blocks": 8192}
 
 
 class FaultServer:
@@ -97,13 +99,22 @@ async def until(condition: Callable[[], bool], *, seconds: float = WAIT_SECONDS)
 
 def scripted_settings(**scripted: float | int | str) -> Settings:
     """The scripted tier over the default model's tokenizer: its tokens are a hash of all tokens before."""
-    script: dict[str, float | int | str] = {"vocab_size": VOCAB_SIZE, "block_size": 16, "num_kv_blocks": 8192}
-    return load_settings(model=DEFAULT_MODEL, tier="scripted", scripted=script | scripted)
+    return load_settings(model=DEFAULT_MODEL, tier="scripted", scripted=SCRIPT | scripted)
+
+
+def scripted_flags(**scripted: float | int | str) -> tuple[str, ...]:
+    """The same as flags of a server in a process of its own."""
+    return (DEFAULT_MODEL, "--tier", "scripted", "--scripted", json.dumps(SCRIPT | scripted))
 
 
 def default_settings() -> Settings:
     """The default model on the native tier."""
     return load_settings(model=DEFAULT_MODEL, kv_cache_gib=0.5)
+
+
+def default_flags() -> tuple[str, ...]:
+    """The same."""
+    return (DEFAULT_MODEL, "--kv-cache-gib", "0.5")
 
 
 @asynccontextmanager

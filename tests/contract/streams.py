@@ -30,6 +30,7 @@ class Choice:
 
     openings: list[str] = field(default_factory=list)
     text: str = ""
+    reasoning: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: dict[str, list[Any]] = field(default_factory=dict)
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -111,6 +112,7 @@ def resumed(
 def _add(known: Choice, choice: dict[str, Any], chunk: dict[str, Any]) -> None:
     delta = choice.get("delta")
     known.text += choice["text"] if delta is None else delta.get("content") or ""
+    known.reasoning += (delta or {}).get("reasoning_content") or ""
     if delta is not None and "role" in delta:
         known.openings.append(delta["role"])
     for call in (delta or {}).get("tool_calls", ()):

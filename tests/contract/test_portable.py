@@ -11,6 +11,7 @@ from app.api.deps import ApiLimits
 from app.api.kept import KeptStreams
 from app.api.keys import KeyRing
 from app.text import ChatTemplate
+from app.text.reasoning import FORMS
 from tests.contract.serving import FakeServer, fake_server, wait_until
 from tests.contract.streams import Body, Event, events_of, parse_events, resumed, said, token_ids_of
 from tests.contract.test_tools import CALLS, CLOCK, SOURCE, WEATHER
@@ -41,6 +42,9 @@ CASES: dict[str, tuple[str, Body]] = {
     "chat with log-probabilities": (CHAT, {"logprobs": True, "top_logprobs": 2, "max_tokens": 14}),
     "chat with token ids": (CHAT, {"return_token_ids": True, "max_tokens": 14}),
     "tools": (CHAT, {"tools": [WEATHER, CLOCK], "stream_options": USAGE}),
+    "reasoning": (CHAT, {"stream_options": USAGE}),
+    "reasoning, two of them, then tools": (CHAT, {"n": 2, "tools": [WEATHER, CLOCK], "stream_options": USAGE}),
+    "reasoning that is not shown": (CHAT, {"include_reasoning": False, "stop": "end"}),
     "tools with token ids": (CHAT, {"tools": [WEATHER, CLOCK], "return_token_ids": True}),
 }
 
@@ -48,10 +52,8 @@ CASES: dict[str, tuple[str, Body]] = {
 @pytest.fixture(scope="module")
 def servers() -> Iterator[tuple[FakeServer, FakeServer]]:
     """Two that share nothing but what they serve. The second finds other prefixes in its cache."""
-    with (
-        fake_server(chat_template=TEMPLATE, max_model_len=1024) as first,
-        fake_server(chat_template=TEMPLATE, max_model_len=1024) as second,
-    ):
+    options: dict[str, Any] = {"chat_template": TEMPLATE, "max_model_len": 1024, "reasoning": FORMS["qwen3"]}
+    with fake_server(**options) as first, fake_server(**options) as second:
         yield first, second
 
 
@@ -77,7 +79,9 @@ def body_of(case: str) -> tuple[str, Body]:
 
 
 def say(server: FakeServer, case: str) -> None:
-    server.engine.script = tuple(byte_level().encode_now(CALLS if "tools" in case else TEXT, False))
+    text = "<think>\nSo 你 <i>say</i>.\n</think>\n\n" if "reasoning" in case else ""
+    text += CALLS if "tools" in case else TEXT
+    server.engine.script = tuple(byte_level().encode_now(text, False))
 
 
 @pytest.mark.parametrize(("way", "tokens_per_output"), [("decode", 1), ("decode", 3), ("tokens", 1), ("journal", 3)])

@@ -12,7 +12,7 @@ from app.core.errors import InvalidRequest
 
 DIGESTS = st.binary(min_size=DIGEST_BYTES, max_size=DIGEST_BYTES)
 COUNTS = st.integers(0, INT32 - 1)
-CHOICES = st.none() | st.builds(ChoiceCursor, COUNTS, DIGESTS, DIGESTS, COUNTS, st.booleans())
+CHOICES = st.none() | st.builds(ChoiceCursor, COUNTS, DIGESTS, DIGESTS, COUNTS, st.booleans(), COUNTS)
 CURSORS = st.builds(
     Cursor,
     fingerprint=DIGESTS,
