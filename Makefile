@@ -2,6 +2,7 @@
 #   make serve          install what is missing, then serve the default model on 127.0.0.1:8000
 #   make test           install what tests need, run all that are not slow
 #   make check          lint, types, import contracts, docs
+#   make fuzz           10,000 requests that schemathesis makes from the OpenAPI document
 #   make sanitize       the C kernels over random shapes, watched by ASan and UBSan
 #   make bench-kernels  each kernel against what this machine reads and computes at most
 PYTHON ?= python3
@@ -27,7 +28,7 @@ SANITIZED := $(addprefix tests/,numerics/test_native_shapes.py numerics/test_nat
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install install-dev test test-long coverage check sanitize bench-kernels format lock wheel gpu-report image clean
+.PHONY: help serve install install-dev test test-long coverage check fuzz sanitize bench-kernels format lock wheel gpu-report image clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -55,6 +56,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_docs.py
+
+# ARGS="--real --cases 500" takes the default model in place of the scripted engine.
+fuzz: $(VENV)/.installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz.run $(ARGS)
 
 # A build of its own in the cache folder, made before the compiler too would run under ASan. Leaks: Python is full of them.
 sanitize: $(VENV)/.installed-dev

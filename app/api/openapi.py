@@ -14,11 +14,11 @@ from fastapi import FastAPI
 from app.api.cursor import LAST_EVENT_ID, MAX_CURSOR_CHARS
 from app.api.deadline import MAX_SECONDS
 from app.api.errors import BodyTimeout, ErrorBody, MessagesErrorBody, ResumeConflict, Unauthorized, kind_of
+from app.api.openapi_rules import add_rules
 from app.api.schemas import chat, completions, engine, messages, responses, server, tokens
 from app.api.schemas import responses_events as events
 from app.api.schemas.field_rules import FieldTable, UnknownFields
 from app.api.schemas.fields import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES, RESPONSES
-from app.api.schemas.limits import MAX_PROMPTS
 from app.core.errors import (
     BodyTooLarge,
     DeadlineExceeded,
@@ -195,7 +195,7 @@ def messages_reply() -> Responses:
     replies = json_reply(messages.MessagesResponse, GENERATION_ERRORS, failure=MessagesErrorBody)
     replies[200]["description"] = "The answer; with `stream: true` as Anthropic's server-sent events."
     end = "The name of the event is its type. The last one is message_stop, or an error."
-    _add_events(replies, (*_MESSAGES_EVENTS, MessagesErrorBody), end)
+    _add_events(replies, (*_MESSAGES_EVENTS, MessagesErrorBody), end, is_done_told=False)
     return replies
 
 
@@ -204,18 +204,22 @@ def responses_reply() -> Responses:
     replies = json_reply(responses.ResponseObject, GENERATION_ERRORS)
     replies[200]["description"] = "The answer; with `stream: true` as OpenAI's typed server-sent events."
     end = "The name of the event is its type. The last one is response.completed, .incomplete or .failed."
-    _add_events(replies, _RESPONSES_EVENTS, end)
+    _add_events(replies, _RESPONSES_EVENTS, end, is_done_told=False)
     return replies
 
 
-def _add_events(replies: Responses, kinds: Sequence[type[msgspec.Struct]], end: str) -> None:
+def _add_events(
+    replies: Responses, kinds: Sequence[type[msgspec.Struct]], end: str, *, is_done_told: bool = True
+) -> None:
     replies[200]["headers"] |= _GENERATION_HEADERS
-    data = {
+    data: Schema = {
         "type": "string",
         "contentMediaType": "application/json",
         "contentSchema": {"oneOf": [_ref(kind) for kind in kinds]},
         "description": end,
     }
+    if is_done_told:
+        data = {"anyOf": [data, {"const": "[DONE]"}]}
     event = {"type": "object", "properties": {"data": data}, "required": ["data"], "description": "One event."}
     replies[200]["content"]["text/event-stream"] = {"schema": event}
 
@@ -249,13 +253,7 @@ def add_schemas(app: FastAPI, *, unknown: UnknownFields | None = None) -> None:
         _, schemas = msgspec.json.schema_components(_TYPES, ref_template=_TEMPLATE)
         for name, table in _TABLES:
             _add_table(schemas[name], table, table.unknown if unknown is None else unknown)
-            if "logit_bias" in schemas[name]["properties"]:
-                schemas[name]["properties"]["logit_bias"]["anyOf"][0]["propertyNames"] = {"pattern": "^-?[0-9]{1,18}$"}
-        schemas["CompletionRequest"]["properties"]["prompt"] = {
-            "description": schemas["CompletionRequest"]["properties"]["prompt"]["description"],
-            **_prompt_schema(),
-        }
-        schemas["TokenizeRequest"]["oneOf"] = _tokenize_schemas()
+        add_rules(schemas)
         document["components"] = {
             "schemas": dict(sorted(schemas.items())),
             "securitySchemes": {
@@ -282,23 +280,6 @@ def _add_table(schema: Schema, table: FieldTable, unknown: UnknownFields) -> Non
         properties[refused.name] = {"type": "null", "description": f"Not served: {refused.instead}."}
     if unknown is UnknownFields.REFUSE:
         schema["additionalProperties"] = False
-
-
-def _prompt_schema() -> Schema:
-    """One text, one list of ids, or a list of both: the struct's type cannot say that ids and lists do not mix."""
-    text: Schema = {"type": "string", "minLength": 1}
-    ids: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-    several = {"type": "array", "items": {"anyOf": [text, ids]}, "minItems": 1, "maxItems": MAX_PROMPTS}
-    return {"anyOf": [text, ids, several]}
-
-
-def _tokenize_schemas() -> list[Schema]:
-    """A text or messages; what belongs to messages is null with a text."""
-    null: Schema = {"type": "null"}
-    of_messages = ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
-    text = {"prompt": {"type": "string"}} | dict.fromkeys(of_messages, null)
-    messages = {"messages": {"type": "array"}, "prompt": null}
-    return [{"required": ["prompt"], "properties": text}, {"required": ["messages"], "properties": messages}]
 
 
 def _drop_foreign_answers(document: dict[str, Any]) -> None:

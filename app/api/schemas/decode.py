@@ -80,6 +80,8 @@ def _invalid(message: str, fields: Mapping[str, msgspec.Raw]) -> InvalidRequest:
         return InvalidRequest(f"The body is not valid: {message}.")
     path = located["path"].removeprefix(".")
     what = located["what"].replace("Expected", "expected").replace("Number out", "number out")
+    if what.startswith("expected `int") and what.endswith("got `float`"):
+        what += ": a whole number is written without fraction and exponent"
     raw = fields.get(path)
     got = "" if raw is None or "got `" in what else f", got {shown(raw)}"
     return InvalidRequest(f"`{shown(path)}`: {what}{got}.", param=shown(path))
