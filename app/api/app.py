@@ -3,13 +3,16 @@
 Made from a `ServerContext` and nothing else: no settings are read, nothing is global.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute, Match
+from starlette.types import Scope
 
 from app.api.body import ClientDisconnected
 from app.api.deps import ServerContext
@@ -61,10 +64,12 @@ def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
-    for module in (chat, completions, messages, responses, embeddings, models, server, tokens, engine, page):
-        app.include_router(module.routes(context))
+    modules = (chat, completions, messages, responses, embeddings, models, server, tokens, engine, page)
+    routers = [module.routes(context) for module in modules]
     if context.docs:
-        app.include_router(docs.routes(app))
+        routers.append(docs.routes(app))
+    for router in routers:
+        app.include_router(router)
     # The last one added is the outermost: a preflight carries no key, and every answer is logged.
     app.add_middleware(KeyLayer, keys=context.keys, metrics_keys=context.metrics_keys)
     if context.allowed_origins:
@@ -79,7 +84,9 @@ def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
         app.add_middleware(HostLayer, allowed_hosts=context.allowed_hosts)
     app.add_middleware(RequestLayer, metrics=context.metrics)
     app.add_exception_handler(HeadwaterError, _answer_error)
-    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(
+        HTTPException, partial(_answer_http_error, [one for router in routers for one in router.routes])
+    )
     app.add_exception_handler(ClientDisconnected, _answer_nobody)
     app.add_exception_handler(RequestValidationError, _answer_invalid_parameter)
     add_schemas(app, unknown=context.limits.unknown_fields)
@@ -108,9 +115,9 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     return ErrorResponse(error, request.scope)
 
 
-async def _answer_http_error(request: Request, error: Exception) -> Response:
+async def _answer_http_error(routes: Sequence[BaseRoute], request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return await _answer_error(request, _translate(request, error))
+    return await _answer_error(request, _translate(request, error, routes))
 
 
 async def _answer_invalid_parameter(request: Request, error: Exception) -> Response:
@@ -125,12 +132,18 @@ async def _answer_nobody(_request: Request, _error: Exception) -> Response:
     return Response()
 
 
-def _translate(request: Request, error: HTTPException) -> HeadwaterError:
+def _methods_of(scope: Scope, routes: Sequence[BaseRoute]) -> list[str]:
+    """Every method that this path takes; the router itself tells those of the first route that fits."""
+    fitting = [route for route in routes if route.matches(scope)[0] is not Match.NONE]
+    return sorted({method for route in fitting for method in getattr(route, "methods", None) or ()})
+
+
+def _translate(request: Request, error: HTTPException, routes: Sequence[BaseRoute]) -> HeadwaterError:
     """Starlette's own refusals, in our classes."""
     where = f"{request.method} {request.url.path}"[:256]
     if error.status_code == kind_of(NotFound).status:
         return NotFound(f"There is no route {where}.")
     if error.status_code == kind_of(MethodNotAllowed).status:
-        allow = (error.headers or {}).get("Allow", "")
+        allow = ", ".join(_methods_of(request.scope, routes))
         return MethodNotAllowed(f"{where} is not answered; this route takes {allow}.", allow=allow)
     return InvalidRequest(str(error.detail))

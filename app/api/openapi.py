@@ -132,8 +132,8 @@ _DEADLINE: Schema = {
     "name": "X-Request-Deadline",
     "in": "header",
     "required": False,
-    "description": "Seconds from now that the answer may take, whole; then the request is ended.",
-    "schema": {"type": "number", "maximum": MAX_SECONDS},
+    "description": "Seconds from now that the answer may take, whole; then it is ended. No exponent.",
+    "schema": {"type": "number", "exclusiveMinimum": -1e10, "maximum": MAX_SECONDS},
 }
 
 

@@ -58,12 +58,8 @@ def check(response: httpx.Response, path: str, method: str = "post") -> None:
     for name, header in reply.get("headers", {}).items():
         assert name in response.headers or not header.get("required"), name
     if media_type == "text/event-stream":
-<<<<<<< HEAD
         read = message_events_of if path.startswith(("/v1/messages", "/v1/responses")) else chunks_of
-=======
-        read = message_events_of if path.startswith("/v1/messages") else chunks_of
         data = content["schema"]["properties"]["data"]
->>>>>>> df25dd5 (Fuzz every endpoint from its description, replay recorded clients, hold scores to transformers)
         for event in read(response.text):
             assert problems(event, data.get("anyOf", [data])[0]["contentSchema"], SCHEMAS) == []
     elif media_type == "application/json":

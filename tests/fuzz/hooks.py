@@ -7,7 +7,8 @@ than it can hold, and without them it also makes the bodies that they forbid.
 The check `document_decides` stands in the place of schemathesis's own for valid requests: one that is refused
 names a rule of `tests.fuzz.rules` in the API's error form; one that breaks a rule about several fields is not
 accepted. It counts every case, and writes the counts to the file FUZZ_COUNTS when the process ends. FUZZ_MAX_TOKENS
-caps what a request may generate, for engines that compute.
+caps what a request may generate, for engines that compute. Deadlines are raised to a minute: one that passes is a 504,
+of the client's own making.
 """
 
 import atexit
@@ -27,6 +28,8 @@ from tests.fuzz.rules import rule_of
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _PROMPTS = frozenset({"prompt", "messages", "input"})
 _MAX_LIMIT = 2**31
+_DEADLINE = "X-Request-Deadline"
+_PATIENCE = 60
 
 
 class Judge:
@@ -92,6 +95,16 @@ def capped(body: Any, most: int) -> Any:
     return body | over
 
 
+def be_patient(case: Case[Any]) -> None:
+    """No deadline under a minute; one that is invalid stays so."""
+    try:
+        is_short = -1e10 < float(case.headers.get(_DEADLINE, "nan")) < _PATIENCE
+    except ValueError:
+        return
+    if is_short:
+        case.headers[_DEADLINE] = str(_PATIENCE)
+
+
 def _body_schema(document: dict[str, Any], case: Case[Any]) -> str | None:
     """The component that describes the case's body; None where there is none."""
     operation = document["paths"][case.operation.path][case.operation.method.lower()]
@@ -115,11 +128,12 @@ def _register() -> None:
         judge.check(case, response)
 
     cap = os.environ.get("FUZZ_MAX_TOKENS")
-    if cap is not None:
 
-        @schemathesis.hook("map_body")
-        def cap_output(_context: HookContext, body: Any) -> Any:
-            return capped(body, int(cap))
+    @schemathesis.hook("before_call")
+    def tame(_context: HookContext, case: Case[Any], **_options: Any) -> None:
+        be_patient(case)
+        if cap is not None:
+            case.body = capped(case.body, int(cap))
 
 
 _register()

@@ -20,6 +20,7 @@ def _rule(name: str, status: int, message: str, why: str) -> Rule:
 
 
 _MODEL = "the served model"
+_STORE = "what the server holds"
 _TWO_FIELDS = "two numbers of the request are compared"
 _LANGUAGE = "text in a language of its own"
 
@@ -29,10 +30,13 @@ RULES: tuple[Rule, ...] = (
     _rule("context length", 400, r"context (length is|of) \d+ tokens", _MODEL),
     _rule("vocabulary", 400, r"outside the vocabulary", _MODEL),
     _rule("template variables", 400, r"`chat_template_kwargs\..*the model's chat template does not read it", _MODEL),
+    _rule("stored response", 404, r"^No response with id `.*` is stored", _STORE),
+    _rule("previous response", 400, r"^Previous response with id `.*` not found", _STORE),
     _rule("template", 400, r"^the model's chat template refuses these messages", _MODEL),
     _rule(
         "form of numbers", 400, r"a whole number is written without fraction and exponent", "1.0 is an integer to it"
     ),
+    _rule("form of deadlines", 400, r"^The header X-Request-Deadline is `[^`]*(e|\.\d{10})", "1e-7 is a number to it"),
     _rule("min_tokens", 400, r"`min_tokens` is \d+, more than", _TWO_FIELDS),
     _rule("best_of", 400, r"`best_of` is accepted as 1 or the value of `n` only", _TWO_FIELDS),
     _rule("tool names", 400, r"`tools\[\d+\]` has the name of an earlier one", "one field of all items is compared"),
