@@ -111,6 +111,7 @@ _CONDITIONS: Mapping[str, tuple[Schema, ...]] = MappingProxyType(
             _excludes("tool_choice", _FORCED, stop=_EMPTY),
             _excludes("text", _JSON_TEXT, stop=_EMPTY),
         ),
+        "StreamOptions": (_needs("resume_token_ids", _NOT_EMPTY, "resumable", _TRUE),),
         "ResponseStreamOptions": ({"properties": {"include_obfuscation": _NOT_TRUE}},),
         "ResponseTool": (_function(),),
         "NamedFunction": (_function(),),

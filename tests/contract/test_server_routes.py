@@ -74,6 +74,7 @@ def test_wrong_methods_are_405(server: FakeServer) -> None:
     response = server.http.get("/v1/completions")
     assert response.status_code == 405 and response.headers["allow"] == "POST"
     assert response.json()["error"]["code"] == "method_not_allowed"
+    assert server.http.put("/v1/responses/x").headers["allow"] == "DELETE, GET"
 
 
 def test_the_documentation_knows_every_field(server: FakeServer) -> None:

@@ -21,6 +21,7 @@ def _rule(name: str, status: int, message: str, why: str) -> Rule:
 
 _MODEL = "the served model"
 _STORE = "what the server holds"
+_CURSOR = "a header says how far an earlier answer went"
 _TWO_FIELDS = "two numbers of the request are compared"
 _LANGUAGE = "text in a language of its own"
 
@@ -39,6 +40,9 @@ RULES: tuple[Rule, ...] = (
     _rule("form of deadlines", 400, r"^The header X-Request-Deadline is `[^`]*(e|\.\d{10})", "1e-7 is a number to it"),
     _rule("min_tokens", 400, r"`min_tokens` is \d+, more than", _TWO_FIELDS),
     _rule("best_of", 400, r"`best_of` is accepted as 1 or the value of `n` only", _TWO_FIELDS),
+    _rule("cursor", 400, r"`Last-Event-ID`|^`resume_token_ids` holds", _CURSOR),
+    _rule("cursor", 409, r"`Last-Event-ID`|`resume_token_ids`", _CURSOR),
+    _rule("choices of a resumable stream", 400, r"^A resumable stream has at most", _TWO_FIELDS),
     _rule("tool names", 400, r"`tools\[\d+\]` has the name of an earlier one", "one field of all items is compared"),
     _rule("tool choice", 400, r"names a function that is not among the `tools`", "two fields are compared"),
     _rule("grammar", 400, r"^`(structured_outputs|response_format|tools)`: ", _LANGUAGE),
