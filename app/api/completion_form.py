@@ -24,6 +24,7 @@ from app.api.schemas.completions import (
     CompletionRequest,
     CompletionResponse,
     check_completion,
+    check_prompt_count,
 )
 from app.api.schemas.decode import decode_struct
 from app.api.schemas.field_rules import UnknownFields
@@ -51,6 +52,8 @@ class CompletionEndpoint:
         unknown: UnknownFields,
     ) -> Prepared:
         """Check the body and turn it into sequences."""
+        if "prompt" in fields:
+            check_prompt_count(fields["prompt"])
         request = decode_struct(body, CompletionRequest, fields=fields)
         model = context.check_model(request.model)
         check_completion(request)

@@ -28,7 +28,8 @@ async def prepare_grammar(
         grammar = _grammar_of(request) if forced is None else forced
         if grammar is None:
             return None
-        _check_others(request, field)
+        if forced is not None:
+            _check_stops(request, field)
         checked = await checker.check(grammar)
         return checked if reasoning is None else reasoning.behind_reasoning(checked, field=field)
     except GrammarError as error:
@@ -79,12 +80,12 @@ def _schema_of(schema: dict[str, object] | str) -> dict[str, object]:
         raise GrammarError("`json` is a text that is no JSON object") from error
 
 
-def _check_others(request: GenerationRequest, field: str) -> None:
-    """What would end the output before the grammar does, so that "stop" would not mean "valid" any more."""
-    for name in ("stop", "stop_token_ids", "ignore_eos"):
+def _check_stops(request: GenerationRequest, field: str) -> None:
+    """What could end a call before it is whole: a tool must not run on half of its arguments."""
+    for name in ("stop", "stop_token_ids"):
         if getattr(request, name):
             raise InvalidRequest(
-                f"`{name}` would end the output, or not, against `{field}`, which decides where it ends: "
+                f"`{name}` could end a call that `{field}` and `tool_choice` ask for before it is whole: "
                 "leave one of them out.",
                 param=name,
             )

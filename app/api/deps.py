@@ -119,17 +119,15 @@ class ServerContext:
         return limits
 
     def check_model(self, name: str | None) -> str:
-        """The model name to answer with. Raises NotFound for one that is not served."""
-        if name is None:
-            return self.model_names[0]
-        if name not in self.model_names:
+        """The name to answer with: the first, whichever was asked for. Raises NotFound for one that is not served."""
+        if name is not None and name not in self.model_names:
             short = name if len(name) <= 128 else name[:128] + "…"
             raise NotFound(
                 f"The model `{short}` does not exist here; GET /v1/models lists what does.",
                 param="model",
                 code="model_not_found",
             )
-        return name
+        return self.model_names[0]
 
     def engine_snapshot(self) -> EngineSnapshot:
         """The engine as the gauges see it."""

@@ -100,6 +100,7 @@ async def prepare_sequences(
     # Made once: all sequences share its lists of ids.
     common = sampling_params(request, context.sampling_defaults, seed=seed, room=room, bad_words=bad_words)
     common = msgspec.structs.replace(common, grammar=grammar)
+    _check_some_token_is_left(common, eos_token_ids=limits.eos_token_ids)
     sequences: list[PreparedSequence] = []
     for prompt_index, prompt in enumerate(prompts):
         params = _bounded(common, room=limits.max_model_len - len(prompt.token_ids))
@@ -228,6 +229,25 @@ def check_token_fields(request: GenerationRequest, limits: EngineLimits) -> None
     check_token_ids(request.logit_bias or (), field="logit_bias", vocab_size=size)
     check_token_ids(request.allowed_token_ids or (), field="allowed_token_ids", vocab_size=size)
     check_token_ids(request.stop_token_ids or (), field="stop_token_ids", vocab_size=size)
+
+
+def _check_some_token_is_left(params: SamplingParams, *, eos_token_ids: Sequence[int]) -> None:
+    """Refuse what would leave the first draw without a token. Words of several tokens and grammars show later."""
+    allowed = set(params.allowed_token_ids)
+    if not allowed:
+        return
+    banned = {word[0] for word in params.bad_words if len(word) == 1}
+    if allowed <= banned:
+        raise InvalidRequest(
+            "`bad_words` ban every token of `allowed_token_ids`: none is left to draw. Allow another.",
+            param="allowed_token_ids",
+        )
+    if params.min_tokens and allowed <= banned | set(eos_token_ids) | set(params.stop_token_ids):
+        raise InvalidRequest(
+            "`min_tokens` bans the tokens that end an output, and `allowed_token_ids` allows no others: none is left "
+            "to draw. Allow another, or leave `min_tokens` out.",
+            param="allowed_token_ids",
+        )
 
 
 async def encode_prompts(

@@ -70,7 +70,10 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, model_dir: Path, *, override: Path | None = None) -> "ChatTemplate | None":
-        """The operator's file, else chat_template.jinja, else tokenizer_config.json's; None where there is none."""
+        """The operator's file, else chat_template.jinja, else tokenizer_config.json's, else chat_template.json's.
+
+        None where there is none.
+        """
         sources = _read_sources(model_dir, override)
         return cls(sources, special_tokens=read_special_tokens(model_dir)) if sources else None
 
@@ -144,10 +147,14 @@ def _read_sources(model_dir: Path, override: Path | None) -> dict[str, str]:
             return {"default": path.read_text(encoding="utf-8")}
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"cannot read the chat template {path}: {error}") from error
-    return _named_sources(read_json_object(model_dir / "tokenizer_config.json").get("chat_template"))
+    for name in ("tokenizer_config.json", "chat_template.json"):  # the second is where processors had it
+        sources = _named_sources(read_json_object(model_dir / name).get("chat_template"), name)
+        if sources:
+            return sources
+    return {}
 
 
-def _named_sources(value: object) -> dict[str, str]:
+def _named_sources(value: object, file: str) -> dict[str, str]:
     """A config holds one template, or a list of {"name", "template"} that must have a default."""
     match value:
         case None:
@@ -158,7 +165,7 @@ def _named_sources(value: object) -> dict[str, str]:
             named = {item["name"]: item["template"] for item in value if isinstance(item, dict) and "name" in item}
             if isinstance(named.get("default"), str):
                 return named
-    raise ConfigurationError("tokenizer_config.json holds no default chat template; give one by --chat-template")
+    raise ConfigurationError(f"{file} holds no default chat template; give one by --chat-template")
 
 
 def _as_templates_read(message: Mapping[str, object]) -> Mapping[str, object]:

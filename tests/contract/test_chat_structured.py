@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from app.core.types import Grammar, GrammarKind
-from tests.contract.serving import FakeServer
+from tests.contract.serving import TEXT, FakeServer
 from tests.contract.test_chat import ROUTE, USER, chat, chat_server
 
 __all__ = ["chat", "chat_server"]  # fixtures
@@ -55,6 +55,17 @@ def test_the_grammar_reaches_the_engine(
     assert [request.params.grammar for request in chat.engine.requests] == [expected, expected]
 
 
+@pytest.mark.parametrize(("path", "body"), BODIES)
+def test_other_ends_are_taken_beside_a_form(chat: FakeServer, path: str, body: dict[str, Any]) -> None:
+    fields = {"response_format": {"type": "json_object"}, "stop": "世界", "stop_token_ids": [7], "ignore_eos": True}
+    choice = chat.post(body | fields | {"max_tokens": 100}, path).json()["choices"][0]
+    text = choice["text"] if "text" in choice else choice["message"]["content"]
+    assert text == TEXT.partition("世界")[0]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "世界")
+    params = chat.engine.requests[-1].params
+    assert params.grammar is not None and params.stop_token_ids == (7,) and params.ignore_eos
+
+
 def nested(levels: int) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": "string"}
     for _ in range(levels):
@@ -85,8 +96,6 @@ def nested(levels: int) -> dict[str, Any]:
         ({"structured_outputs": {"json": nested(100)}}, "structured_outputs"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
-        ({"response_format": {"type": "json_object"}, "stop": "x"}, "stop"),
-        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
         ({"guided_json": SCHEMA}, "guided_json"),
     ],
     ids=lambda value: str(value)[:60],

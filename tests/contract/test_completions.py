@@ -335,3 +335,15 @@ def test_finish_reasons_add_up_and_gauges_return_to_0() -> None:
         for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
             assert server.sample(gauge) == 0
         assert server.sample("prompt_tokens_total") == 3 * 2 + 2 + 2 + 1
+
+
+def test_brackets_in_texts_are_no_lists(server: FakeServer) -> None:
+    assert len(server.complete(prompt=["[" * 50] * 30, max_tokens=1)["choices"]) == 30
+
+
+def test_what_leaves_some_token_is_taken(server: FakeServer) -> None:
+    for fields in (
+        {"allowed_token_ids": [45, 46], "bad_words": ["L"]},
+        {"allowed_token_ids": [1, 45], "min_tokens": 1},
+    ):
+        assert server.complete(max_tokens=2, **fields)["choices"]

@@ -11,6 +11,7 @@ from typing import Any
 import anthropic
 import httpx
 import jsonschema
+import openai
 import pytest
 
 from tests.e2e.serving import serve_default_model
@@ -224,3 +225,23 @@ def test_anthropics_client_with_the_default_model(server: Server) -> None:
     (block,) = forced.content
     assert block.type == "tool_use"
     jsonschema.validate(block.input, MOVE)
+
+
+def test_openais_responses_with_the_default_model(server: Server) -> None:
+    model = server.http.get("/v1/models").json()["data"][0]["id"]
+    form: Any = {"format": {"type": "json_schema", "name": "move", "schema": MOVE}}
+    tool: Any = {"type": "function", "name": "move_to", "parameters": MOVE, "strict": True}
+    with openai.OpenAI(base_url=f"{server.http.base_url}/v1", api_key="none", max_retries=0) as client:
+        with client.responses.stream(model=model, input="What is the capital of France?", temperature=0) as stream:
+            text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+            first = stream.get_final_response()
+        assert text and first.output_text == text
+        moved = client.responses.create(model=model, input="Where?", previous_response_id=first.id, text=form)
+        assert moved.status == "completed"
+        jsonschema.validate(json.loads(moved.output_text), MOVE)
+        call = client.responses.create(
+            model=model, input="Go.", tools=[tool], tool_choice="required", parallel_tool_calls=False, store=False
+        )
+    (item,) = call.output
+    assert item.type == "function_call"
+    jsonschema.validate(json.loads(item.arguments), MOVE)

@@ -99,6 +99,23 @@ async def test_a_grammar_waits_for_the_end_of_reasoning(model_dir: Path) -> None
     assert answer.finish_reason is FinishReason.STOP and is_valid(text_of(answer))
 
 
+async def test_other_ends_beside_a_grammar(model_dir: Path) -> None:
+    """A stop token ends the output where the grammar lets it be drawn; without EOS the grammar's own end is the end."""
+    letters = source.regex("[ab]{30,40}")
+    stop = byte_level().encode_now("a", False)[0]
+    async with running(config(model_dir)) as client:
+        stopped, whole, other = await asyncio.gather(
+            complete(client, constrained("stopped", letters, stop_token_ids=(stop,))),
+            complete(client, constrained("whole", letters, ignore_eos=True)),
+            complete(client, constrained("other", letters, stop_token_ids=(EOS + 2,))),
+        )
+        await until_idle(client)
+    assert stopped.finish_reason is FinishReason.STOP and stopped.token_ids[-1] == stop
+    assert 0 < len(text_of(stopped)) < 30 and set(text_of(stopped)[:-1]) <= {"b"}
+    assert whole.finish_reason is FinishReason.STOP and len(text_of(whole)) == 40
+    assert other.finish_reason is FinishReason.STOP and 30 <= len(text_of(other)) <= 40
+
+
 async def test_a_kill_in_the_middle_changes_nothing(model_dir: Path) -> None:
     asked = [constrained(f"r{index}", source.json_schema(SCHEMA)) for index in range(6)]
     async with running(config(model_dir)) as client:

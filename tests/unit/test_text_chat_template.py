@@ -237,6 +237,8 @@ def _render(template: ChatTemplate | None, **options: object) -> str:
 
 def test_where_templates_come_from(tmp_path: Path) -> None:
     assert ChatTemplate.load(tmp_path) is None
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "a processor's"}))
+    assert _render(ChatTemplate.load(tmp_path)) == "a processor's"
     assert _render(ChatTemplate.load(_folder(tmp_path, "one {{ eos_token }}"))) == "one </s>"
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
     template = ChatTemplate.load(_folder(tmp_path, named))

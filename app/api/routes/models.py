@@ -26,7 +26,8 @@ def routes(context: ServerContext) -> APIRouter:
     )
     async def get_model(model: str) -> Response:
         """One of them."""
-        return JsonResponse(_entry(context.check_model(model), context))
+        context.check_model(model)
+        return JsonResponse(_entry(model, context))
 
     return router
 

@@ -86,6 +86,24 @@ def check_completion(request: CompletionRequest) -> None:
     check_generation(request)
 
 
+def check_prompt_count(raw: msgspec.Raw) -> None:
+    """Refuse far too many lists of ids before they are made: a body has room for hundreds of thousands.
+
+    Raises InvalidRequest.
+    """
+    text = bytes(raw)
+    count = text.count(b"[") - 1
+    if count <= MAX_PROMPTS:
+        return
+    if b'"' in text:  # brackets may stand in texts
+        try:
+            count = len(msgspec.json.decode(text, type=list[msgspec.Raw]))
+        except msgspec.MsgspecError:
+            return  # no list
+    if count > MAX_PROMPTS:
+        raise InvalidRequest(f"`prompt` holds {count} lists; at most {MAX_PROMPTS}.", param="prompt")
+
+
 def prompt_list(request: CompletionRequest) -> list[str | list[int]]:
     """The request's prompts, each a text or token ids. Raises InvalidRequest where there is none or too many."""
     prompt = request.prompt

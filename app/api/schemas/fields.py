@@ -19,7 +19,12 @@ _CONSTRAINED = "use `structured_outputs` or `response_format`"
 _ID_RANGE = "128 of A-Z a-z 0-9 . _ : -"
 
 _SHARED: tuple[Honoured, ...] = (
-    Honoured("model", "the served model", "a name of `GET /v1/models`", "Which model; another name is a 404."),
+    Honoured(
+        "model",
+        "the served model",
+        "a name of `GET /v1/models`",
+        "Which model; another name is a 404. Answers carry its first name.",
+    ),
     Honoured("temperature", "the model's, else 1", "0 to 2", "Under 1e-5 is greedy: the most likely token."),
     Honoured("top_p", "the model's, else 1", "above 0 to 1", "Draw from the most likely tokens of this total mass."),
     Honoured("top_k", "the model's, else off", "-1 or 0 (off), ≥ 1", "Draw from this many most likely tokens."),
@@ -194,7 +199,12 @@ _RESPONSES_OWN = frozenset({"stream", "stream_options"})
 _ON_CHAT = "use `/v1/chat/completions`, which serves it"
 
 _MESSAGES_PROMPT: tuple[Honoured, ...] = (
-    Honoured("model", "the served model", "a name of `GET /v1/models`", "Which model; another name is a 404."),
+    Honoured(
+        "model",
+        "the served model",
+        "a name of `GET /v1/models`",
+        "Which model; another name is a 404. Answers carry its first name.",
+    ),
     Honoured("messages", "required", "at least one; see below", "The conversation, for the model's template."),
     Honoured("system", "none", "string or text blocks", "The system's message."),
     Honoured("tools", "none", "tools of the client's own; 128, 512 KiB", "What the model may call; see below."),

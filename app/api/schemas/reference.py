@@ -84,9 +84,10 @@ _FORMS = """\
 **The form of the output**: `response_format` is `{"type": "json_object"}` or
 `{"type": "json_schema", "json_schema": {"schema": ...}}`; `structured_outputs` is `{"json": schema}`,
 `{"json_object": true}`, `{"regex": ...}`, `{"choice": [...]}` or `{"grammar": ...}` (Lark, or llama.cpp's GBNF).
-An answer that finishes with "stop" has the form; one that finishes with "length" is cut. The form decides where
-the output ends, so `stop`, `stop_token_ids` and `ignore_eos` beside it are a 400, as is what cannot be compiled
-within the limits.
+An answer that finishes with "stop" and no `stop_reason` has the form. One that finishes with "length", or by `stop`
+or `stop_token_ids` (`stop_reason` says which), is cut. Tokens of `stop_token_ids` can be drawn only where the form
+allows their text. `ignore_eos` ends the output where the form allows nothing more, not where it may end. What cannot
+be compiled within the limits is a 400.
 """
 
 _COMPLETION_NOTES = f"""\
@@ -120,9 +121,9 @@ With `tool_choice` auto the template shows them to the model, which may call the
 `tools` makes that a 400. Calls are found in the text in the form of Hermes and Qwen (`<tool_call>`) and as bare JSON
 (Llama, Mistral); their arguments are passed on as the model wrote them. With required, or the name of a function,
 a grammar holds the output to calls whose arguments match the tool's schema (one of a named function, else up to 8),
-so that they parse unless the answer finishes with "length"; this needs no template that reads tools, but a model
-that was not shown a tool knows nothing of it beyond its schema's words. With none the tools are not shown. A schema
-must be of an object.
+so that they parse unless the answer finishes with "length"; `stop` and `stop_token_ids` beside it are a 400. This needs
+no template that reads tools, but a model that was not shown a tool knows nothing of it beyond its schema's words. With
+none the tools are not shown. A schema must be of an object.
 `response_format` beside tools that the model may call holds the output to that form or to calls whose arguments match;
 where the model's calls are bare JSON it is a 400, as is `structured_outputs` beside tools unless `tool_choice` is
 none. An answer with calls finishes with "tool_calls".
