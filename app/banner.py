@@ -1,5 +1,7 @@
 """What the operator reads once the server is ready: one line for each thing that was decided."""
 
+from collections.abc import Sequence
+
 from app import __version__
 from app.core.types import EngineLimits
 from app.store import ModelFolder
@@ -25,15 +27,16 @@ def describe_model(folder: ModelFolder, limits: EngineLimits) -> list[tuple[str,
     ]
 
 
-def banner(folder: ModelFolder, limits: EngineLimits, *, url: str, model_name: str, needs_key: bool) -> str:
-    """The lines of a started server, with a command to paste at the end."""
+def banner(folder: ModelFolder, limits: EngineLimits, *, urls: Sequence[str], model_name: str, needs_key: bool) -> str:
+    """The lines of a started server, with a command to paste at the end. The last URL has the metrics."""
+    url = urls[0]
     request = (
         f'{{"model": "{model_name}", "prompt": "The sea is", "max_tokens": 32, "temperature": 0.2, "stream": true}}'
     )
     key = """ -H "authorization: Bearer $HEADWATER_API_KEY\"""" if needs_key else ""
     curl = f"curl {url}/v1/completions{key} -H 'content-type: application/json' -d '{request}'"
     lines = [
-        ("url", f"{url}/v1   (docs at {url}/docs, metrics at {url}/metrics)"),
+        ("url", f"{url}/v1   (docs at {url}/docs, metrics at {urls[-1]}/metrics)"),
         ("page", f"{url}/"),
         *describe_model(folder, limits),
     ]

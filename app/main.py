@@ -107,7 +107,8 @@ def make_context(
         kept=KeptStreams(window=settings.resume_window),
         version=__version__,
         keys=keys,
-        metrics_keys=None if settings.metrics_key_file is None else KeyRing(file=Path(settings.metrics_key_file)),
+        metrics_keys=make_metrics_keys(settings),
+        metrics_apart=settings.metrics_listen is not None and not runs_engine,
         allowed_origins=settings.allowed_origins,
         allowed_hosts=allowed_hosts(listens_on, keys),
         docs=settings.docs,
@@ -131,6 +132,12 @@ def make_keys(settings: Settings) -> KeyRing | None:
     if file is None and key is None:
         return None
     return KeyRing(file=file, keys=() if key is None else (key,))
+
+
+def make_metrics_keys(settings: Settings) -> KeyRing | None:
+    """Keys for /metrics alone. A null device, which compose mounts where there is no file, is none."""
+    file = None if settings.metrics_key_file is None else Path(settings.metrics_key_file)
+    return None if file is None or file.is_char_device() else KeyRing(file=file)
 
 
 def allowed_hosts(listens_on: str | None, keys: KeyRing | None) -> tuple[str, ...] | None:

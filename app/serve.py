@@ -23,7 +23,7 @@ from app.core.config import EngineConfig
 from app.core.errors import ConfigurationError, EngineUnavailable
 from app.core.types import EngineLimits
 from app.observability.logging import configure_logging
-from app.settings import API_KEY_VARIABLE, Settings
+from app.settings import API_KEY_VARIABLE, Settings, split_address
 from app.store import ModelFolder, resolve
 
 if TYPE_CHECKING:
@@ -45,12 +45,14 @@ CLOSE_SECONDS = 5
 def serve(settings: Settings) -> int:
     """Serve until a signal; returns the exit code. Raises ConfigurationError."""
     _check_exposure(settings)
-    listener = _listen(settings.host, settings.port)
+    listeners = [_listen(settings.host, settings.port)]
+    if settings.metrics_listen is not None:
+        listeners.append(_listen(*split_address(settings.metrics_listen), advice="another --metrics-listen"))
     start = _start_engine(settings)
     import uvloop  # from here on the engine loads; what only the API needs is imported meanwhile
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(settings, start, listener))
+        return runner.run(_serve(settings, start, listeners))
 
 
 def check(settings: Settings) -> int:
@@ -75,15 +77,13 @@ def _start_engine(settings: Settings) -> _Start:
     return _Start(folder, config, launch, EngineProcess.spawn(1, config, launch=launch))
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, *, advice: str = "another --port or --host") -> socket.socket:
     """The listening socket, so that a taken port ends the start before anything is loaded."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
     except OSError as error:
-        raise ConfigurationError(
-            f"cannot listen on {host}:{port} ({_words(error)}): choose another --port or --host"
-        ) from None
+        raise ConfigurationError(f"cannot listen on {host}:{port} ({_words(error)}): choose {advice}") from None
 
 
 def _words(error: OSError) -> str:
@@ -103,9 +103,9 @@ async def _check(settings: Settings, start: _Start) -> int:
     return EXIT_OK
 
 
-async def _serve(settings: Settings, start: _Start, listener: socket.socket) -> int:
+async def _serve(settings: Settings, start: _Start, listeners: list[socket.socket]) -> int:
     from app import main
-    from app.api.app import create_app
+    from app.api.app import create_app, create_metrics_app
     from app.api.connections import ConnectionRoom, raise_descriptor_limit
 
     metrics = main.make_metrics(settings, start.folder)
@@ -114,20 +114,27 @@ async def _serve(settings: Settings, start: _Start, listener: socket.socket) -> 
         settings, start.folder, metrics=metrics, engine=client, runs_engine=False, listens_on=settings.host
     )
     room = ConnectionRoom(raise_descriptor_limit(), metrics=metrics)
-    server = _make_server(create_app(context, root_path=settings.root_path), settings, room=room)
+    apps = [create_app(context, root_path=settings.root_path)]
+    for listener in listeners[1:]:
+        hosts = main.allowed_hosts(listener.getsockname()[0], context.keys or context.metrics_keys)
+        apps.append(create_metrics_app(context, allowed_hosts=hosts))
+    servers = [_make_server(app, settings, room=room) for app in apps]
 
     def describe(limits: EngineLimits) -> str:
         return banner(
             start.folder,
             limits,
-            url=_url(listener, scheme="http" if settings.ssl_certfile is None else "https"),
+            urls=[
+                _url(listener, scheme="http" if settings.ssl_certfile is None else "https") for listener in listeners
+            ],
             model_name=context.model_names[0],
             needs_key=context.keys is not None,
         )
 
     with _signals() as (drain, end):
         await client.start()
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        pairs = zip(servers, listeners, strict=True)
+        serving = [asyncio.create_task(server.serve(sockets=[listener])) for server, listener in pairs]
         try:
             announcing = _announce(client, describe, timeout=settings.load_timeout)
             if not await _live(client, announcing=announcing, drain=drain):
@@ -137,8 +144,9 @@ async def _serve(settings: Settings, start: _Start, listener: socket.socket) -> 
             return EXIT_OK
         finally:
             await client.stop()
-            server.should_exit = True
-            await serving
+            for server in servers:
+                server.should_exit = True
+            await asyncio.gather(*serving)
 
 
 async def _live(client: "LocalEngineClient", *, announcing: Awaitable[None], drain: asyncio.Event) -> bool:

@@ -68,6 +68,9 @@ class Settings(BaseSettings):
         f"when it changes. One key alone: the variable {API_KEY_VARIABLE}",
     )
     metrics_key_file: str | None = Field(None, description="file with keys that open /metrics and nothing else")
+    metrics_listen: str | None = Field(
+        None, description="HOST:PORT where /metrics is served, and nothing else, in place of the server's own address"
+    )
 
     served_model_name: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="names that requests may use, divided by commas, or the flag again; answers carry the first"
@@ -146,6 +149,13 @@ class Settings(BaseSettings):
     def _split_names(cls, value: object) -> object:
         return split_names(value) if isinstance(value, str) else value
 
+    @field_validator("metrics_listen")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            split_address(value)
+        return value
+
     @field_validator("metrics_prefix")
     @classmethod
     def _is_metric_prefix(cls, value: str) -> str:
@@ -180,6 +190,15 @@ class Settings(BaseSettings):
         if field in flags:
             return Source.FLAG
         return Source.ENVIRONMENT if ENV_PREFIX + field.upper() in os.environ else Source.DEFAULT
+
+
+def split_address(value: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT, an IPv6 host in brackets. Raises ValueError."""
+    host, _, port = value.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or int(port[:6]) > 65535 or (":" in bare and bare == host):
+        raise ValueError("takes HOST:PORT, an IPv6 host as [::1]:9000")
+    return bare, int(port)
 
 
 def split_names(value: str) -> tuple[str, ...]:

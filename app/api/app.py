@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -30,6 +30,7 @@ from app.api.routes import (
     embeddings,
     engine,
     messages,
+    metrics,
     models,
     page,
     responses,
@@ -66,10 +67,11 @@ def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
     )
     modules = (chat, completions, messages, responses, embeddings, models, server, tokens, engine, page)
     routers = [module.routes(context) for module in modules]
+    if not context.metrics_apart:
+        routers.append(metrics.routes(context))
     if context.docs:
         routers.append(docs.routes(app))
-    for router in routers:
-        app.include_router(router)
+    _serve(app, routers)
     # The last one added is the outermost: a preflight carries no key, and every answer is logged.
     app.add_middleware(KeyLayer, keys=context.keys, metrics_keys=context.metrics_keys)
     if context.allowed_origins:
@@ -83,14 +85,30 @@ def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
     if context.allowed_hosts is not None:
         app.add_middleware(HostLayer, allowed_hosts=context.allowed_hosts)
     app.add_middleware(RequestLayer, metrics=context.metrics)
-    app.add_exception_handler(HeadwaterError, _answer_error)
-    app.add_exception_handler(
-        HTTPException, partial(_answer_http_error, [one for router in routers for one in router.routes])
-    )
-    app.add_exception_handler(ClientDisconnected, _answer_nobody)
-    app.add_exception_handler(RequestValidationError, _answer_invalid_parameter)
     add_schemas(app, unknown=context.limits.unknown_fields)
     return app
+
+
+def create_metrics_app(context: ServerContext, *, allowed_hosts: tuple[str, ...] | None) -> FastAPI:
+    """The application that serves `/metrics` alone, for an address of its own."""
+    app = FastAPI(redirect_slashes=False, openapi_url=None, docs_url=None, redoc_url=None)
+    _serve(app, [metrics.routes(context)])
+    app.add_middleware(KeyLayer, keys=context.keys, metrics_keys=context.metrics_keys)
+    if allowed_hosts is not None:
+        app.add_middleware(HostLayer, allowed_hosts=allowed_hosts)
+    app.add_middleware(RequestLayer, metrics=context.metrics)
+    return app
+
+
+def _serve(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    """Their routes, and every error in our form."""
+    for router in routers:
+        app.include_router(router)
+    routes = [route for router in routers for route in router.routes]
+    app.add_exception_handler(HeadwaterError, _answer_error)
+    app.add_exception_handler(HTTPException, partial(_answer_http_error, routes))
+    app.add_exception_handler(ClientDisconnected, _answer_nobody)
+    app.add_exception_handler(RequestValidationError, _answer_invalid_parameter)
 
 
 def _lifespan_of(context: ServerContext) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:

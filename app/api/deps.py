@@ -91,6 +91,8 @@ class ServerContext:
     """None: no request needs a key."""
     metrics_keys: KeyRing | None = None
     """Keys that open /metrics and nothing else."""
+    metrics_apart: bool = False
+    """Whether /metrics has an address of its own (`create_metrics_app`) and is not served here."""
     allowed_origins: tuple[str, ...] = ()
     """Origins whose pages may call the API from a browser."""
     allowed_hosts: tuple[str, ...] | None = None

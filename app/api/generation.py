@@ -37,7 +37,7 @@ from app.api.share import Share
 from app.api.sse import EventStream
 from app.api.translate import PreparedGeneration, PreparedSequence, num_ids
 from app.core.errors import DeadlineExceeded, EngineFailed, QueueTimeout
-from app.core.types import EngineLimits, EngineOutput, FinishReason
+from app.core.types import EngineLimits, EngineOutput, EngineRequest, FinishReason
 from app.observability.sequence_meter import SequenceMeter
 
 Emit = Callable[["LiveSequence", Delta], Awaitable[None]]
@@ -350,6 +350,8 @@ class GenerationRun(Response):
                 body, fields, context, limits=limits, tenant=record.tenant, unknown=unknown
             )
         ignored += prepared.ignored
+        if _claims_more(prepared, record.share):
+            ignored += ("priority",)
         answer = GenerationAnswer(
             _in_share(prepared, record.share),
             context,
@@ -369,13 +371,21 @@ def _in_share(prepared: Prepared, share: Share) -> Prepared:
     if not share.tenant:
         return prepared
     sequences = tuple(
-        replace(
-            sequence,
-            engine_request=msgspec.structs.replace(sequence.engine_request, tenant=share.tenant, weight=share.weight),
-        )
+        replace(sequence, engine_request=_request_in_share(sequence.engine_request, share))
         for sequence in prepared.generation.sequences
     )
     return replace(prepared, generation=replace(prepared.generation, sequences=sequences))
+
+
+def _request_in_share(request: EngineRequest, share: Share) -> EngineRequest:
+    priority = request.priority if share.best_priority is None else max(request.priority, share.best_priority)
+    return msgspec.structs.replace(request, tenant=share.tenant, weight=share.weight, priority=priority)
+
+
+def _claims_more(prepared: Prepared, share: Share) -> bool:
+    """Whether the request's priority is better than its key allows: it gets the best that is allowed."""
+    requests = [sequence.engine_request for sequence in prepared.generation.sequences]
+    return share.best_priority is not None and any(one.priority < share.best_priority for one in requests)
 
 
 def _finish_reason_of(error: Exception) -> FinishReason:

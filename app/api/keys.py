@@ -1,8 +1,8 @@
 """API keys: who may ask. Read from a file or the environment, kept as hashes, checked in constant time.
 
 A file has one key a line, `name:key` or the key alone, and after it, divided by blanks, `weight=2` (its share of
-tokens beside other keys) and `concurrency=8` (most sequences in flight) where they are wanted; blank lines and lines
-that begin with # are left out.
+tokens beside other keys), `concurrency=8` (most sequences in flight) and `priority=0` (the lowest number, and so the
+best place, that its requests may ask for) where they are wanted; blank lines and lines that begin with # are left out.
 It is looked at again at most once a second: a changed file takes effect without a restart. One that cannot
 be read any more changes nothing and is logged; one that is empty now lets nobody in.
 
@@ -32,6 +32,7 @@ MAX_KEY_CHARS = 512
 _NAMED = re.compile(r"^(?P<name>[A-Za-z0-9_.-]{1,64}):(?P<key>.*)$")
 _KEY = re.compile(rf"^[\x21-\x7e]{{{MIN_KEY_CHARS},{MAX_KEY_CHARS}}}$")
 _WEIGHT = re.compile(r"^[0-9]{1,6}(\.[0-9]{1,6})?$")
+_PRIORITY = re.compile(r"^-?[0-9]{1,9}$")
 _ID_CHARS = 12
 _LOOK_SECONDS = 1.0
 _OPEN_PATHS = frozenset({"/health", "/ready", "/"})
@@ -50,11 +51,12 @@ class Key:
     name: str | None
     weight: float = 1.0
     max_live: int | None = None
+    best_priority: int | None = None
 
     @property
     def share(self) -> Share:
         """What it may have."""
-        return Share(self.id, self.weight, self.max_live)
+        return Share(self.id, self.weight, self.max_live, self.best_priority)
 
     @property
     def id(self) -> str:
@@ -191,8 +193,10 @@ def _with_option(key: Key, option: str, source: str) -> Key:
         return replace(key, weight=float(value))
     if name == "concurrency" and value.isdecimal() and int(value[:9]) > 0:
         return replace(key, max_live=int(value[:9]))
+    if name == "priority" and _PRIORITY.match(value):
+        return replace(key, best_priority=int(value))
     # What it is may be part of a key.
-    raise ConfigurationError(f"{source}: behind a key only `weight=2` and `concurrency=8` are understood")
+    raise ConfigurationError(f"{source}: behind a key only `weight=2`, `concurrency=8` and `priority=0` are understood")
 
 
 def _make_key(key: str, name: str | None, source: str) -> Key:

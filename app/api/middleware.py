@@ -71,7 +71,13 @@ class RequestLayer:
         # Only routes of ours become label values and log fields: paths are the client's text.
         route = getattr(scope.get("route"), "path", _UNMATCHED)
         self._metrics.count_response(handler=route, method=_method(scope), status=record.status)
-        facts = {"method": _method(scope), "route": route, "status": record.status} | record.facts()
+        client = scope.get("client")
+        facts = {
+            "client": client[0] if client else None,
+            "method": _method(scope),
+            "route": route,
+            "status": record.status,
+        } | record.facts()
         level = logging.DEBUG if route in _QUIET_ROUTES else logging.INFO
         _requests.log(level, "request", extra={"facts": facts})
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 import msgspec
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app.api.connections import ConnectionRoom
@@ -143,7 +144,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._running = cycle
         if self.room is not None:
             self.room.busy(self)
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, _unframed(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
 
     def _watch_reader(self) -> None:
         self._unread_bytes = self.transport.get_write_buffer_size()
@@ -202,3 +203,19 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+def _unframed(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Application:
+    """The application for a client of HTTP/1.0, which knows no chunks: an answer of unknown length ends by closing."""
+
+    async def serve(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        async def send_plain(message: ASGISendEvent) -> None:
+            # What uvicorn decides from the headers: whether to send chunks, and how many bytes it still expects.
+            cycle.chunked_encoding = False
+            if message["type"] == "http.response.body":
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, send_plain)
+
+    return serve

@@ -13,3 +13,5 @@ class Share:
     """Tokens beside others', while there is not enough for all."""
     max_live: int | None = None
     """Most of its sequences in flight; None: as the server's settings say."""
+    best_priority: int | None = None
+    """The lowest number that its requests may have as `priority`; None: any."""

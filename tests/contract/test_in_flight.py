@@ -360,3 +360,16 @@ def test_trailers_within_the_limit_and_the_request_after_them_pass(own_server: F
                 CHUNKED_POST + b'11\r\n,"max_tokens": 1}\r\n' + b"0\r\nx: " + b"a" * 30_000 + b"\r\n\r\n"
             )
             assert b"HTTP/1.1 200 OK" in read_until(connection, b'"finish_reason":"length"')
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_of_http_1_0_gets_no_chunks(server: FakeServer, stream: bool) -> None:
+    body = json.dumps({"prompt": "Hi", "stream": stream, "max_tokens": 8}).encode()
+    head = f"POST /v1/completions HTTP/1.0\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(head.encode() + body)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))  # until the server closes
+    head_sent, _, sent = answer.partition(b"\r\n\r\n")
+    assert b" 200 " in head_sent.splitlines()[0] and b"transfer-encoding" not in head_sent
+    assert b"connection: close" in head_sent
+    assert len(chunks_of(sent.decode())) == 8 if stream else json.loads(sent)["usage"]["completion_tokens"] == 8

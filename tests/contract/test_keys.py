@@ -11,7 +11,7 @@ import pytest
 
 from app.api.keys import KeyRing
 from app.core.errors import ConfigurationError
-from app.main import make_keys
+from app.main import make_keys, make_metrics_keys
 from app.serve import _check_exposure
 from app.settings import load_settings
 from tests.contract.serving import MODEL, TEXT, FakeServer, fake_server, wait_until
@@ -251,3 +251,43 @@ def test_an_option_that_is_not_understood_ends_the_start(tmp_path: Path, option:
     with pytest.raises(ConfigurationError) as caught:
         KeyRing(file=file)
     assert "line 1" in str(caught.value) and ALICE not in str(caught.value) and option not in str(caught.value)
+
+
+def test_a_null_device_is_no_scrape_key() -> None:
+    assert make_metrics_keys(load_settings(metrics_key_file="/dev/null")) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "given", "ignored"),
+    [
+        ("", -7, -7, None),
+        (" priority=0", -7, 0, "priority"),
+        (" priority=0", 7, 7, None),
+        (" priority=-5", -7, -5, "priority"),
+        (" priority=-5 weight=2", -5, -5, None),
+        (" priority=3", 0, 3, "priority"),
+    ],
+)
+def test_a_priority_is_held_to_what_the_key_allows(
+    tmp_path: Path, options: str, asked: int, given: int, ignored: str | None
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"alice:{ALICE}{options}\n", encoding="utf-8")
+    with fake_server(keys=KeyRing(file=file)) as server:
+        response = server.post({"prompt": "a", "priority": asked}, authorization=f"Bearer {ALICE}")
+        assert response.status_code == 200
+        assert server.engine.requests[0].priority == given
+        assert response.headers.get("headwater-ignored") == ignored
+
+
+def test_without_keys_a_priority_is_as_asked() -> None:
+    with fake_server() as server:
+        assert server.post({"prompt": "a", "priority": -7}).status_code == 200
+        assert server.engine.requests[0].priority == -7
+
+
+def test_a_priority_that_is_none_ends_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{ALICE} priority=high\n", encoding="utf-8")
+    with pytest.raises(ConfigurationError, match="priority=0"):
+        KeyRing(file=file)

@@ -148,7 +148,7 @@ def test_one_log_line_a_request_without_its_text() -> None:
                 {"prompt": "a secret prompt", "max_tokens": 5, "n": 2, "user": "me"}, **{"x-request-id": "id-1"}
             )
             server.post({"prompt": "a secret prompt", "temperature": 9}, **{"x-request-id": "id-2"})
-            server.http.get("/nope/secret")
+            server.http.get("/nope/secret", headers={"x-forwarded-for": "192.0.2.7"})
             server.http.get("/health")
             wait_until(lambda: "unmatched" in stream.getvalue())
     finally:
@@ -170,3 +170,5 @@ def test_one_log_line_a_request_without_its_text() -> None:
     assert 0 < first["ttft_s"] <= first["total_s"] and first["queue_s"] == 0.001 and first["key_id"] is None
     assert (second["status"], second["error"]) == (400, "invalid_request_error")
     assert (third["route"], third["status"]) == ("unmatched", 404)
+    # A proxy on loopback is believed; whoever asks from there without one is loopback itself.
+    assert (first["client"], third["client"]) == ("127.0.0.1", "192.0.2.7")

@@ -92,6 +92,32 @@ def test_the_banner_says_what_readme_promises(tmp_path: Path) -> None:
         assert done.stdout.rstrip().endswith("data: [DONE]")
 
 
+def test_metrics_may_have_an_address_of_their_own(tmp_path: Path) -> None:
+    log, port = tmp_path / "log", free_port()
+    with serving(log, "--metrics-listen", f"127.0.0.1:{port}") as (process, url):
+        apart = f"http://127.0.0.1:{port}"
+        assert "headwater_num_requests_running" in httpx.get(f"{apart}/metrics").text
+        assert httpx.get(f"{url}/metrics").status_code == 404
+        assert httpx.get(f"{apart}/v1/models").status_code == 404
+        assert httpx.get(f"{apart}/metrics", headers={"host": "evil.example"}).status_code == 403
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(EXIT_SECONDS) == 0
+    assert f"metrics at {apart}/metrics" in log.read_text()
+
+
+def test_metrics_apart_ask_for_keys_as_well(tmp_path: Path) -> None:
+    log, port = tmp_path / "log", free_port()
+    keys, scrape = tmp_path / "keys", tmp_path / "scrape"
+    keys.write_text("0123456789abcdef\n")
+    scrape.write_text("scrape-0123456789abcdef\n")
+    flags = ("--metrics-listen", f"127.0.0.1:{port}", "--api-key-file", str(keys), "--metrics-key-file", str(scrape))
+    with serving(log, *flags):
+        address = f"http://127.0.0.1:{port}/metrics"
+        assert httpx.get(address).status_code == 401
+        for key in ("0123456789abcdef", "scrape-0123456789abcdef"):
+            assert httpx.get(address, headers={"authorization": f"Bearer {key}"}).status_code == 200
+
+
 def test_a_taken_port_ends_the_start_with_one_line(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with socket.create_server(("127.0.0.1", 0)) as taken:

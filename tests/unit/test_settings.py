@@ -4,7 +4,7 @@ import pytest
 
 from app.cli import _settings, main, make_parser
 from app.core.errors import ConfigurationError
-from app.settings import Settings, load_settings
+from app.settings import Settings, load_settings, split_address
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +124,18 @@ def test_variables_of_kubernetes_service_links_are_left_alone(monkeypatch: pytes
     assert load_settings(port="9000").port == 9000
     with pytest.raises(ConfigurationError, match=r"enableServiceLinks: false.*--port"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("value", "address"),
+    [("127.0.0.1:9000", ("127.0.0.1", 9000)), ("[::1]:9000", ("::1", 9000)), ("localhost:0", ("localhost", 0))],
+)
+def test_an_address_has_a_host_and_a_port(value: str, address: tuple[str, int]) -> None:
+    assert split_address(value) == address
+    assert load_settings(metrics_listen=value).metrics_listen == value
+
+
+@pytest.mark.parametrize("value", ["9000", ":9000", "localhost", "localhost:", "localhost:70000", "::1:9000", "a:b"])
+def test_an_address_of_another_form_ends_the_start(value: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"--metrics-listen: .*HOST:PORT"):
+        load_settings(metrics_listen=value)

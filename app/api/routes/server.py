@@ -1,6 +1,6 @@
-"""`/health`, `/ready`, `/metrics`, `/version`: for probes and operators."""
+"""`/health`, `/ready`, `/version`: for probes and operators."""
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 
 from app.api.deps import ServerContext
 from app.api.errors import error_headers, kind_of
@@ -9,11 +9,6 @@ from app.api.respond import JsonResponse
 from app.api.schemas.server import Liveness, Readiness, Version
 from app.client.engine_client import EngineState
 from app.core.errors import EngineUnavailable
-
-_METRICS = {
-    200: {"description": "OK", "content": {"text/plain": {"schema": {"type": "string"}}}},
-    **json_reply(None),
-}
 
 
 def routes(context: ServerContext) -> APIRouter:
@@ -49,12 +44,6 @@ def routes(context: ServerContext) -> APIRouter:
         response = JsonResponse(content, status=kind_of(EngineUnavailable).status)
         response.raw_headers += error_headers(EngineUnavailable(status.detail))
         return response
-
-    @router.get("/metrics", responses=_METRICS, response_class=Response)
-    async def metrics(request: Request) -> Response:
-        """Prometheus exposition."""
-        body, content_type = context.metrics.render(request.headers.get("accept", ""))
-        return Response(body, headers={"content-type": content_type})
 
     @router.get("/version", responses=json_reply(Version), response_class=Response)
     async def version() -> Response:

@@ -34,7 +34,9 @@ _SHARED: tuple[Honoured, ...] = (
     Honoured("repetition_penalty", "the model's, else 1", "0.01 to 10", "Divides logits of seen tokens."),
     Honoured("logit_bias", "none", "token id to -100..100; 1,024 entries", "Added to the logits."),
     Honoured("allowed_token_ids", "all", "token ids, at least one", "Only these tokens can be drawn."),
-    Honoured("bad_words", "none", "256 strings", "Texts whose token sequences cannot be drawn."),
+    Honoured(
+        "bad_words", "none", "256 strings, 16,384 tokens together", "Texts whose token sequences cannot be drawn."
+    ),
     Honoured("seed", "drawn, returned in `Headwater-Seed`", "64-bit integer", "Key of the draws; see below for `n`."),
     Honoured("stop", "none", "string or 16 strings, 1,024 characters each", "Ends the output before this text."),
     Honoured("stop_token_ids", "none", "1,024 token ids", "End the output; their text is left out."),
@@ -56,7 +58,12 @@ _SHARED: tuple[Honoured, ...] = (
     Honoured("return_token_ids", "false", "boolean", "Add `token_ids` and `prompt_token_ids` to the choices."),
     Honoured("return_tokens_as_token_ids", "false", "boolean", "Spell tokens in logprobs as `token_id:123`."),
     Honoured("cache_salt", "none", "1 to 128 characters", "Only requests of one salt share cached prefixes."),
-    Honoured("priority", "0", "32-bit integer", "Order of waiting requests; lower goes first."),
+    Honoured(
+        "priority",
+        "0",
+        "32-bit integer",
+        "Order of waiting requests; lower goes first. A key may bound it.",
+    ),
 )
 
 _SHARED_HARMLESS: tuple[Harmless, ...] = (

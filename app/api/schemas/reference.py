@@ -57,6 +57,9 @@ names the field in `error.param`, before anything is computed.
 {honoured}
 
 {notes}
+**Bounds**: a body has at most 256 fields, known or not, and `--max-body-size` bytes (2 MiB). The sequences of a request
+carry at most 4,000,000 token ids together: each its prompt, and the ids in its parameters.
+
 ## Harmless
 
 Accepted with these values and named in the response header `Headwater-Ignored`. Other values are refused.
