@@ -22,15 +22,15 @@ from app.api.schemas.field_rules import UnknownFields
 from app.client.engine_client import EngineClient
 from app.client.local import LocalEngineClient
 from app.client.process import EngineLaunch, EngineProcess
-from app.console import remark
 from app.core.config import EngineConfig
 from app.observability.logging import configure_logging
 from app.observability.metrics import Metrics
 from app.settings import API_KEY_VARIABLE, Settings, load_settings
-from app.store import ModelFolder, resolve
+from app.store import ModelFolder
 from app.text.chat_template import ChatTemplate
 from app.text.reasoning import FORMS, ReasoningForm
 from app.text.tokenizer import Tokenizer
+from app.weights import find_model
 
 
 def create_app(settings: Settings | None = None, engine_client: EngineClient | None = None) -> FastAPI:
@@ -40,7 +40,7 @@ def create_app(settings: Settings | None = None, engine_client: EngineClient | N
     """
     settings = load_settings() if settings is None else settings
     configure_logging(level=settings.log_level, form=settings.log_format)
-    folder = resolve(settings.model, is_offline=settings.offline, report=remark)
+    folder = find_model(settings)
     metrics = make_metrics(settings, folder)
     if engine_client is None:
         config = settings.to_engine_config(str(folder.path), folder.eos_token_ids)

@@ -24,7 +24,8 @@ from app.core.errors import ConfigurationError, EngineUnavailable
 from app.core.types import EngineLimits
 from app.observability.logging import configure_logging
 from app.settings import API_KEY_VARIABLE, Settings, split_address
-from app.store import ModelFolder, resolve
+from app.store import ModelFolder
+from app.weights import find_model
 
 if TYPE_CHECKING:
     import uvicorn
@@ -71,7 +72,7 @@ class _Start(NamedTuple):
 
 def _start_engine(settings: Settings) -> _Start:
     configure_logging(level=settings.log_level, form=settings.log_format)
-    folder = resolve(settings.model, is_offline=settings.offline, report=remark)
+    folder = find_model(settings)
     config = settings.to_engine_config(str(folder.path), folder.eos_token_ids)
     launch = EngineLaunch(log_level=settings.log_level, log_format=settings.log_format)
     return _Start(folder, config, launch, EngineProcess.spawn(1, config, launch=launch))

@@ -90,8 +90,9 @@ class Settings(BaseSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device to compute on")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field("auto", description="type of weights and KV")
-    quantization: Literal["int8", "int8-safe"] | None = Field(
-        None, description="quantise the weights while loading; int8-safe is nearer to bfloat16"
+    quantization: Literal["int8", "int8-safe", "int4"] | None = Field(
+        None,
+        description="quantise the weights while loading; int8-safe is nearer to bfloat16, int4 keeps a .gguf's bits",
     )
     max_model_len: int | None = Field(None, ge=1, description="context length; default: the model's, if memory allows")
     max_num_seqs: int = Field(256, ge=1, le=4096, description="most sequences that share a step")

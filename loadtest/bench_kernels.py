@@ -25,6 +25,7 @@ from app.core.config import EngineConfig
 from app.core.plan import LogitsNeed, PlanEntry, RowStart, StepPlan
 from app.core.types import SamplingParams
 from app.runner.native import load
+from app.runner.native.blocks import BLOCK
 from app.runner.native.library import CLayer, address
 from app.runner.native.model import BLOCK_SIZE
 from app.runner.native.precision import QUANTIZATIONS
@@ -118,7 +119,8 @@ class Bench:
         linear = getattr(self.model.weights.layers[0], LINEARS[which])
         num_layers = len(self.model.weights.layers)
         x = self.rng.integers(0x3C00, 0x3F00, (rows, linear.k)).astype(np.uint16)
-        scales, out = np.ones(rows, dtype=np.float32), np.zeros((rows, linear.n_pad), dtype=np.float32)
+        scales = np.ones((rows, linear.k // BLOCK + 1, 4), dtype=np.float32)  # enough for weights in blocks
+        out = np.zeros((rows, linear.n_pad), dtype=np.float32)
 
         def run_some(first: int) -> None:
             layers = ctypes.pointer(self.model.layers[first])

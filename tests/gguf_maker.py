@@ -1,12 +1,14 @@
 """Writes small GGUF files for tests, byte by byte, so that broken ones can be made as well as good ones."""
 
+import itertools
 import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-GGUF_TYPES = {"F32": 0, "F16": 1, "Q4_1": 3, "Q8_0": 8}
+GGUF_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q8_0": 8}
 Tensor = tuple[tuple[int, ...], str, bytes]
 """Shape as numpy counts, type name, stored bytes."""
 
@@ -121,8 +123,13 @@ def small_model_tensors(
     qkv_bias: bool = False,
     output_bias: bool = False,
     qk_norm: bool = False,
+    matrix_types: Sequence[str] = ("Q8_0",),
+    spread: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Random tensors for `small_model_fields`; matrices as Q8_0, the rest as F32."""
+    """Random tensors for `small_model_fields`; matrices in `matrix_types` by turns, the rest as F32.
+
+    `spread`: standard deviation of the matrices' elements.
+    """
     random = np.random.default_rng(seed)
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (vocab_size, 64), "output_norm.weight": (64,)}
     for layer in range(2):
@@ -140,14 +147,16 @@ def small_model_tensors(
             shapes |= {f"{block}.attn_q_norm.weight": (16,), f"{block}.attn_k_norm.weight": (16,)}
     if not tied:
         shapes["output.weight"] = (vocab_size, 64)
-    return {name: _random_tensor(random, shape) for name, shape in shapes.items()}
+    types = itertools.cycle(matrix_types)
+    return {name: _random_tensor(random, shape, types, spread) for name, shape in shapes.items()}
 
 
-def _random_tensor(random: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+def _random_tensor(random: np.random.Generator, shape: tuple[int, ...], types: Iterator[str], spread: float) -> Tensor:
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import quantize
 
     values = random.standard_normal(shape, dtype=np.float32)
     if len(shape) == 1:
         return float_tensor(values)
-    return shape, "Q8_0", quantize(values, GGMLQuantizationType.Q8_0).tobytes()
+    type_name = next(types)
+    return shape, type_name, quantize(values * np.float32(spread), GGMLQuantizationType[type_name]).tobytes()

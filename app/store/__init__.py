@@ -6,11 +6,12 @@ fetched or converted, torch and transformers never.
 
 from app.store.catalog import CatalogEntry, catalogue, default_model
 from app.store.folder import GenerationDefaults, ModelFolder
-from app.store.resolve import ModelListing, list_models, pull, resolve
+from app.store.resolve import GgufForm, ModelListing, list_models, pull, resolve
 
 __all__ = [
     "CatalogEntry",
     "GenerationDefaults",
+    "GgufForm",
     "ModelFolder",
     "ModelListing",
     "catalogue",

@@ -15,6 +15,10 @@ from app.core.errors import ConfigurationError
 
 Json = dict[str, object]
 
+GGUF_WEIGHTS = "model.gguf"
+BLOCKS_INDEX = "model.gguf.index.json"
+"""Where each tensor of model.gguf lies: the folder's weights are served as the file has them."""
+
 _DTYPES: Mapping[str, str] = {
     "BF16": "bfloat16",
     "F16": "float16",
@@ -90,7 +94,7 @@ def describe_folder(
     config = read_json(path / "config.json")
     require_tokenizer(path)
     generation = read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
-    weights = weight_facts(path)
+    weights = _block_facts(path) if is_in_blocks(path) else weight_facts(path)
     return ModelFolder(
         path=path,
         name=name,
@@ -159,6 +163,30 @@ def weight_files(path: Path) -> list[Path]:
             "convert them to safetensors"
         )
     raise ConfigurationError(f"{path} has no weights: no model.safetensors, no index with shards")
+
+
+def is_in_blocks(path: Path) -> bool:
+    """Whether the folder's weights are a .gguf file as it is."""
+    return (path / BLOCKS_INDEX).is_file()
+
+
+def _block_facts(path: Path) -> WeightFacts:
+    tensors = read_json(path / BLOCKS_INDEX).get("tensors")
+    try:
+        entries = msgspec.convert(tensors, dict[str, _IndexEntry])
+        num_bytes = sum((path / file).stat().st_size for file in {entry.file for entry in entries.values()})
+    except (msgspec.ValidationError, OSError) as error:
+        raise ConfigurationError(f"{path / BLOCKS_INDEX} does not fit its folder: {error}; get it again") from error
+    counts = Counter[str]()
+    for entry in entries.values():
+        counts[entry.kind] += math.prod(entry.shape)
+    return WeightFacts(num_bytes, counts.total(), counts.most_common(1)[0][0])
+
+
+class _IndexEntry(msgspec.Struct, frozen=True):
+    file: str
+    kind: str
+    shape: tuple[int, ...]
 
 
 def weight_facts(path: Path) -> WeightFacts:

@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -15,9 +16,23 @@ import msgspec
 from app.core.errors import ConfigurationError
 from app.store.cache import Manifest, Report, cache_root, ensure_folder, file_sha256, model_path, whole_folder
 from app.store.catalog import CatalogEntry, HubSource, PipSource, catalog_path, catalogue
-from app.store.folder import ModelFolder, describe_folder, weight_files
+from app.store.folder import GGUF_WEIGHTS, ModelFolder, describe_folder, is_in_blocks, weight_files
 
 _REPOSITORY = re.compile(r"(?P<repository>[\w][\w.-]{0,95}/[\w][\w.-]{0,95})(@(?P<revision>[\w][\w./-]{0,127}))?")
+
+
+_AS_IT_IS = "int4"
+"""What --quantization calls the weights of a .gguf as they are."""
+_MOST_GROWTH = 8
+"""A .gguf in bfloat16 takes at most this many times its size (2 bits a weight)."""
+
+
+class GgufForm(msgspec.Struct, frozen=True):
+    """How a .gguf file is served: in bfloat16, or as it is."""
+
+    as_it_is: bool = False
+    memory_bytes: int | None = None
+    """Where its weights in bfloat16 would take more, it is served as it is. None: that is not asked."""
 
 
 class ModelListing(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,30 +52,40 @@ class ModelListing(msgspec.Struct, frozen=True, kw_only=True):
     """What a first start fetches, where it is known."""
 
 
-def resolve(model: str, *, cache_dir: Path | None = None, is_offline: bool = False, report: Report) -> ModelFolder:
+def resolve(
+    model: str,
+    *,
+    cache_dir: Path | None = None,
+    is_offline: bool = False,
+    gguf_form: GgufForm | None = None,
+    report: Report,
+) -> ModelFolder:
     """Find or make the canonical folder of `model`.
 
     Args:
         model: a catalogue name, a folder, a .gguf file or a hub repository.
         cache_dir: the cache's root; None: HEADWATER_CACHE, else the user's cache folder.
         is_offline: take what is on this machine, and refuse what would have to be fetched.
+        gguf_form: in which form the weights of a .gguf are wanted; None: in bfloat16.
         report: told in one line each what takes time, and the licence of what is fetched.
 
     Raises:
         ConfigurationError: it cannot be found, fetched or converted; says what to do.
     """
     root = cache_root(cache_dir)
+    gguf_form = GgufForm() if gguf_form is None else gguf_form
     entries = catalogue()
     if model in entries:
-        folder = _resolve_entry(model, entries[model], root, is_offline=is_offline, report=report)
+        as_it_is = gguf_form.as_it_is
+        folder = _resolve_entry(model, entries[model], root, is_offline=is_offline, as_it_is=as_it_is, report=report)
         return msgspec.structs.replace(
             folder, generation_defaults=folder.generation_defaults.or_else(entries[model].sampling)
         )
     path = Path(os.path.expanduser(model))
     if path.is_dir():
-        return _resolve_directory(path.resolve(), root, report=report)
+        return _resolve_directory(path.resolve(), root, gguf_form=gguf_form, report=report)
     if path.is_file():
-        return _resolve_file(path.resolve(), root, report=report)
+        return _resolve_file(path.resolve(), root, gguf_form=gguf_form, report=report)
     repository = _REPOSITORY.fullmatch(model)
     if repository and not model.endswith(".gguf"):
         source = HubSource(repository["repository"], repository["revision"] or "main")
@@ -93,6 +118,8 @@ def list_models(*, cache_dir: Path | None = None) -> list[ModelListing]:
 def _listing(name: str, entry: CatalogEntry, root: Path) -> ModelListing:
     if entry.folder is None:
         path = model_path(root, _entry_key(name, entry))
+        if entry.pip is not None and not path.is_dir():
+            path = model_path(root, _entry_key(name, entry, as_it_is=True))
         manifest = whole_folder(path)
         num_bytes = None if manifest is None else sum(file.bytes for file in manifest.files)
     else:
@@ -112,7 +139,9 @@ def _listing(name: str, entry: CatalogEntry, root: Path) -> ModelListing:
     )
 
 
-def _resolve_entry(name: str, entry: CatalogEntry, root: Path, *, is_offline: bool, report: Report) -> ModelFolder:
+def _resolve_entry(
+    name: str, entry: CatalogEntry, root: Path, *, is_offline: bool, as_it_is: bool, report: Report
+) -> ModelFolder:
     if entry.folder is not None:
         path = catalog_path().parent / entry.folder
         return describe_folder(path, name=name, source=_entry_source(entry), licence=entry.licence)
@@ -128,54 +157,83 @@ def _resolve_entry(name: str, entry: CatalogEntry, root: Path, *, is_offline: bo
         from app.store.pip_source import fetch_member
 
         if is_offline:
+            remedy = f"start it once with --quantization {_AS_IT_IS}" if as_it_is else f"run `headwater pull {name}`"
             raise ConfigurationError(
-                f"{name} is not in the cache, and fetching it is forbidden (--offline); run `headwater pull {name}` "
-                "where there is a network"
+                f"{name} is not in the cache{' as it is' if as_it_is else ''}, and fetching it is forbidden "
+                f"(--offline); {remedy} where there is a network"
             )
         member = fetch_member(source, downloads, report=report)
         report(f"licence of {name}: {entry.licence}")
-        digests = _convert(member, staging, report=report)
-        member.unlink()
+        if as_it_is:
+            member = member.rename(staging / GGUF_WEIGHTS)
+            digests = {GGUF_WEIGHTS: source.member_sha256, **_index(member, staging, report=report)}
+        else:
+            digests = _convert(member, staging, report=report)
+            member.unlink()
         return _converted_manifest(name, _entry_source(entry), entry.licence, source), digests
 
-    path, manifest = ensure_folder(root, _entry_key(name, entry), report=report, make=make)
+    path, manifest = ensure_folder(root, _entry_key(name, entry, as_it_is=as_it_is), report=report, make=make)
     return _describe(path, manifest)
 
 
-def _resolve_file(path: Path, root: Path, *, report: Report) -> ModelFolder:
+def _resolve_file(path: Path, root: Path, *, gguf_form: GgufForm, report: Report) -> ModelFolder:
     if path.suffix != ".gguf":
         raise ConfigurationError(f"{path} is a file; give a .gguf file or the folder that holds the model")
     status = path.stat()
     # Hashing gigabytes at each start would cost more than converting does: path, size and time stand for it.
+    as_it_is = gguf_form.as_it_is or _is_too_large(path, status.st_size, gguf_form.memory_bytes, report=report)
     identity = hashlib.sha256(f"{path}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()
 
     def make(staging: Path, downloads: Path) -> tuple[Manifest, Mapping[str, str]]:
         from app.store.gguf_convert import CONVERTER_EPOCH
 
-        digests = _convert(path, staging, report=report)
+        sha256 = file_sha256(path)
+        if as_it_is:
+            (staging / GGUF_WEIGHTS).symlink_to(path)
+            digests = {GGUF_WEIGHTS: sha256, **_index(path, staging, report=report)}
+        else:
+            digests = _convert(path, staging, report=report)
         manifest = Manifest(
             name=path.stem,
             source=str(path),
             revision=None,
             licence=None,
             source_bytes=status.st_size,
-            source_sha256=file_sha256(path),
+            source_sha256=sha256,
             converter_epoch=CONVERTER_EPOCH,
         )
         return manifest, digests
 
-    key = f"{_safe(path.stem)}-{identity[:12]}-e{_converter_epoch()}"
+    key = f"{_safe(path.stem)}-{identity[:12]}-e{_converter_epoch()}{_suffix(as_it_is)}"
     return _describe(*ensure_folder(root, key, report=report, make=make))
 
 
-def _resolve_directory(path: Path, root: Path, *, report: Report) -> ModelFolder:
+def _is_too_large(path: Path, num_bytes: int, memory_bytes: int | None, *, report: Report) -> bool:
+    """Whether the file's weights in bfloat16 would take more than the memory."""
+    if memory_bytes is None or num_bytes * _MOST_GROWTH <= memory_bytes:  # most starts need not read it here
+        return False
+    from app.store.gguf_file import read_gguf
+
+    needed = 2 * sum(math.prod(tensor.shape) for tensor in read_gguf(path).tensors.values())
+    if needed <= memory_bytes:
+        return False
+    report(
+        f"{path.name} would take {needed / 2**30:.1f} GiB in bfloat16 and {memory_bytes / 2**30:.1f} GiB of memory are "
+        f"free: it is served as it is (--quantization {_AS_IT_IS})"
+    )
+    return True
+
+
+def _resolve_directory(path: Path, root: Path, *, gguf_form: GgufForm, report: Report) -> ModelFolder:
     """A folder is used where it is; one that holds a single .gguf and no safetensors stands for that file."""
     ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) == 1 and not list(path.glob("*.safetensors")):
-        return _resolve_file(ggufs[0], root, report=report)
+    is_whole = is_in_blocks(path)
+    if len(ggufs) == 1 and not is_whole and not list(path.glob("*.safetensors")):
+        return _resolve_file(ggufs[0], root, gguf_form=gguf_form, report=report)
     if not (path / "config.json").is_file():
         raise ConfigurationError(f"{path} has no config.json; give the folder that holds the model's files")
-    weight_files(path)  # says what is wrong with the weights before anything about the tokenizer
+    if not is_whole:
+        weight_files(path)  # says what is wrong with the weights before anything about the tokenizer
     manifest = whole_folder(path)
     if manifest is not None:
         return _describe(path, manifest)
@@ -205,6 +263,12 @@ def _convert(source: Path, staging: Path, *, report: Report) -> dict[str, str]:
     return convert_gguf(source, staging)
 
 
+def _index(source: Path, staging: Path, *, report: Report) -> dict[str, str]:
+    from app.store.gguf_convert import index_gguf
+
+    return index_gguf(source, staging, report=report)
+
+
 def _converted_manifest(name: str, source: str, licence: str, pip: PipSource) -> Manifest:
     from app.store.gguf_convert import CONVERTER_EPOCH
 
@@ -219,12 +283,16 @@ def _converted_manifest(name: str, source: str, licence: str, pip: PipSource) ->
     )
 
 
-def _entry_key(name: str, entry: CatalogEntry) -> str:
+def _entry_key(name: str, entry: CatalogEntry, *, as_it_is: bool = False) -> str:
     if entry.pip is not None:
-        return f"{name}-{entry.pip.member_sha256[:12]}-e{_converter_epoch()}"
+        return f"{name}-{entry.pip.member_sha256[:12]}-e{_converter_epoch()}{_suffix(as_it_is)}"
     if entry.hub is not None:
         return repository_key(entry.hub)
     raise ConfigurationError(f"{name} has no source in the catalogue")
+
+
+def _suffix(as_it_is: bool) -> str:
+    return "-gguf" if as_it_is else ""
 
 
 def repository_key(source: HubSource) -> str:

@@ -20,7 +20,7 @@ from tests.native_models import Hand, levels_here, load_native, prompt_ids, writ
 PATH = Path(__file__).with_name("native_tokens.json")
 NUM_TOKENS = 48
 PROMPT = prompt_ids(150)
-MODES = ("bfloat16", "int8", "int8-safe")
+MODES = ("bfloat16", "int8", "int8-safe", "int4")
 
 
 CATALOGUE_MODEL = "smollm2-135m-instruct-q4"

@@ -22,7 +22,7 @@ SHAPES = {
     "grouped-128": {"head_dim": 128, "num_attention_heads": 4},
     "single-64": {"num_key_value_heads": 6, "attention_bias": True},
 }
-MODES = [(level, quantization) for level in levels_here() for quantization in (None, "int8", "int8-safe")]
+MODES = [(level, quantization) for level in levels_here() for quantization in (None, "int8", "int8-safe", "int4")]
 
 
 @pytest.fixture(scope="module")

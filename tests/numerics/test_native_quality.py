@@ -127,16 +127,20 @@ def native_perplexity(model_dir: Path, quantization: str | None, *, count: int, 
     return tally.perplexity
 
 
-def test_safe_int8_stays_near_bfloat16_on_some_text(model_dir: Path) -> None:
-    bfloat16, safe = (native_perplexity(model_dir, name, count=2, length=128) for name in (None, "int8-safe"))
+def test_safe_int8_and_int4_stay_near_bfloat16_on_some_text(model_dir: Path) -> None:
+    """The default model's weights have 4 bits in its file: int4 finds them again."""
+    bfloat16, safe, int4 = (
+        native_perplexity(model_dir, name, count=2, length=128) for name in (None, "int8-safe", "int4")
+    )
     assert abs(safe / bfloat16 - 1) <= 0.03
+    assert abs(int4 / bfloat16 - 1) <= 0.015
 
 
 @pytest.mark.slow
-def test_int8_costs_what_the_documentation_says(model_dir: Path) -> None:
-    bfloat16, fast, safe = (
-        native_perplexity(model_dir, name, count=20, length=512) for name in (None, "int8", "int8-safe")
-    )
-    sys.stdout.write(f"perplexity bfloat16 {bfloat16:.3f}, int8 {fast:.3f}, int8-safe {safe:.3f}\n")
+def test_quantization_costs_what_the_documentation_says(model_dir: Path) -> None:
+    names = (None, "int8", "int8-safe", "int4")
+    bfloat16, fast, safe, int4 = (native_perplexity(model_dir, name, count=20, length=512) for name in names)
+    sys.stdout.write(f"perplexity bfloat16 {bfloat16:.3f}, int8 {fast:.3f}, int8-safe {safe:.3f}, int4 {int4:.3f}\n")
+    assert abs(int4 / bfloat16 - 1) <= 0.005
     assert fast / bfloat16 <= 1.06
     assert safe / bfloat16 <= 1.015

@@ -35,7 +35,7 @@ def one_thread() -> None:
     ],
 )
 def test_transformers_finds_every_weight(
-    tmp_path: Path, model_type: str, tensors: dict[str, bool], fields: dict[str, object]
+    tmp_path: Path, model_type: str, tensors: dict[str, Any], fields: dict[str, object]
 ) -> None:
     metadata = small_model_fields(model_type, vocab_size=960, **fields) | tokenizer_fields(TINY, pre="qwen2")
     write_gguf(tmp_path / "small.gguf", metadata, small_model_tensors(vocab_size=960, **tensors))

@@ -51,7 +51,7 @@ def test_a_packed_linear_holds_every_weight_once(tmp_path: Path) -> None:
 
 def test_a_tied_head_is_the_embedding_itself(tmp_path: Path) -> None:
     weights = packed(write_model(tmp_path))
-    assert np.shares_memory(weights.head.weight, weights.embedding)
+    assert np.shares_memory(weights.head.weight, weights.embedding.weight)
 
 
 def test_int8_weights_are_within_half_a_step(tmp_path: Path) -> None:
@@ -72,7 +72,8 @@ def test_each_linear_has_the_form_that_the_precision_names(tmp_path: Path) -> No
         layer = weights.layers[0]
         forms = (layer.qkv.form, layer.output.form, layer.gate_up.form, layer.down.form, weights.head.form)
         assert forms == (precision.qkv, precision.output, precision.gate_up, precision.down, precision.head), name
-        assert (weights.head.weight.dtype == np.int8) == (weights.head.form is not Form.BF16)
+        dtypes = {Form.BF16: np.uint16, Form.INT8: np.int8, Form.INT8_WIDE: np.int8, Form.BLOCKS: np.uint8}
+        assert weights.head.weight.dtype == dtypes[weights.head.form]
 
 
 def bf16(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

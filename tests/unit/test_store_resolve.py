@@ -13,8 +13,9 @@ import msgspec
 import pytest
 
 from app.core.errors import ConfigurationError
+from app.runner.native.blocks import read_blocks
 from app.settings import Settings
-from app.store import catalogue, default_model, list_models, pull, resolve
+from app.store import GgufForm, catalogue, default_model, list_models, pull, resolve
 from app.store.cache import Manifest, cache_root, ensure_folder, whole_folder
 from app.store.catalog import PipSource
 from app.store.folder import describe_folder
@@ -135,6 +136,68 @@ class TestFiles:
         for nothing in ("no-such-model", "missing/model.gguf", "a/b/c", "../x"):
             with pytest.raises(ConfigurationError, match=r"not in the catalogue.*smollm2-135m-instruct-q4"):
                 resolve(nothing, cache_dir=tmp_path, report=quiet)
+
+
+class TestGgufAsItIs:
+    """`--quantization int4`: the file's own blocks, with an index."""
+
+    AS_IT_IS = GgufForm(as_it_is=True)
+
+    def test_the_file_stays_where_it_is(self, tmp_path: Path) -> None:
+        source = small_gguf(tmp_path / "small.gguf")
+        lines: list[str] = []
+        folder = resolve(str(source), cache_dir=tmp_path / "cache", gguf_form=self.AS_IT_IS, report=lines.append)
+        assert not lines
+        assert (folder.path / "model.gguf").resolve() == source
+        assert not list(folder.path.glob("*.safetensors"))
+        assert folder.source_bytes == folder.num_bytes == source.stat().st_size
+        assert folder.dtype == "Q8_0"
+        again = resolve(str(folder.path), cache_dir=tmp_path / "cache", report=quiet)
+        assert again == folder
+        in_bfloat16 = resolve(str(source), cache_dir=tmp_path / "cache", report=quiet)
+        assert in_bfloat16.path != folder.path
+        assert in_bfloat16.num_parameters == folder.num_parameters
+
+    def test_a_changed_file_is_indexed_anew(self, tmp_path: Path) -> None:
+        source = small_gguf(tmp_path / "small.gguf")
+        first = resolve(str(source), cache_dir=tmp_path / "cache", gguf_form=self.AS_IT_IS, report=quiet)
+        os.utime(source, ns=(1, 1))
+        second = resolve(str(source), cache_dir=tmp_path / "cache", gguf_form=self.AS_IT_IS, report=quiet)
+        assert second.path != first.path
+
+    @pytest.mark.parametrize("memory_bytes", [None, 10_000, 10_000_000])
+    def test_it_is_taken_where_bfloat16_does_not_fit(self, tmp_path: Path, memory_bytes: int | None) -> None:
+        lines: list[str] = []
+        folder = resolve(
+            str(small_gguf(tmp_path / "small.gguf")),
+            cache_dir=tmp_path / "cache",
+            gguf_form=GgufForm(memory_bytes=memory_bytes),
+            report=lines.append,
+        )
+        is_short = memory_bytes == 10_000
+        assert (folder.path / "model.gguf").exists() == is_short
+        assert any("--quantization int4" in line for line in lines) == is_short
+
+    def test_a_damaged_scale_is_named(self, tmp_path: Path) -> None:
+        fields = small_model_fields("llama", vocab_size=960) | tokenizer_fields(TINY, pre="smollm")
+        tensors = small_model_tensors(vocab_size=960)
+        shape, kind, stored = tensors["blk.1.ffn_up.weight"]
+        tensors["blk.1.ffn_up.weight"] = (shape, kind, stored[:-34] + b"\x00\x7c" + stored[-32:])
+        write_gguf(tmp_path / "small.gguf", fields, tensors)
+        with pytest.raises(ConfigurationError, match=r"blk\.1\.ffn_up\.weight.*not finite"):
+            resolve(str(tmp_path / "small.gguf"), cache_dir=tmp_path / "cache", gguf_form=self.AS_IT_IS, report=quiet)
+
+    @pytest.mark.parametrize(
+        "content", ["{}", "[]", '{"tensors": {"a": {"file": "none", "kind": "F32", "shape": [1]}}}']
+    )
+    def test_a_broken_index_is_named(self, tmp_path: Path, content: str) -> None:
+        source = small_gguf(tmp_path / "small.gguf")
+        folder = resolve(str(source), cache_dir=tmp_path / "cache", gguf_form=self.AS_IT_IS, report=quiet)
+        (folder.path / "model.gguf.index.json").write_text(content)
+        with pytest.raises(ConfigurationError, match=r"model\.gguf\.index\.json"):
+            describe_folder(folder.path, name="x", source="x")
+        with pytest.raises(ConfigurationError, match=r"model\.gguf\.index\.json"):
+            read_blocks(folder.path)
 
 
 class TestCache:

@@ -24,7 +24,7 @@ class CLinear(Structure):
         ("n_pad", c_int32),
         ("k", c_int32),
         ("byte_rows", c_int32),
-        ("reserved", c_int32),
+        ("blocks", c_int32),
     )
 
 
@@ -58,13 +58,13 @@ class CModel(Structure):
         ("act_pad", c_int32),
         ("vocab", c_int32),
         ("byte_rows", c_int32),
-        ("reserved", c_int32),
+        ("has_blocks", c_int32),
         ("norm_eps", c_float),
         ("attention_scale", c_float),
         ("block_stride", c_int64),
         ("layers", POINTER(CLayer)),
         ("head", CLinear),
-        ("embedding", c_void_p),
+        ("embedding", CLinear),
         ("final_norm", c_void_p),
         ("rope_cos", c_void_p),
         ("rope_sin", c_void_p),
@@ -126,6 +126,10 @@ class Library:
         self.draw = self._function("hw_draw", None, c_void_p, POINTER(CDraws))
         self.pack_bf16 = self._function("hw_pack_bf16", None, c_void_p, *pack)
         self.pack_int8 = self._function("hw_pack_int8", None, c_void_p, c_void_p, c_void_p, *pack)
+        self.pack_blocks = self._function(
+            "hw_pack_blocks", None, c_void_p, c_int32, c_void_p, c_int32, c_int32, c_int32, c_void_p
+        )
+        self.quantise_rows = self._function("hw_quantise_rows", None, c_void_p, c_int32, c_void_p, c_int32, c_int32)
         self.round_bf16 = self._function("hw_round_bf16", None, c_void_p, c_void_p, c_int64)
         self._check_sizes()
 

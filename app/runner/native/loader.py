@@ -11,6 +11,7 @@ from app.core.plan import LogitsNeed, PlanEntry, RowStart, StepPlan
 from app.core.types import SamplingParams
 from app.runner.base import RunnerInfo, TierUnavailable
 from app.runner.memory import KVPlan, available_memory, num_cpus, plan_kv
+from app.runner.native.blocks import is_in_blocks
 from app.runner.native.budget import DEFAULT_TARGET_MS, tokens_for_target
 from app.runner.native.build import find_or_build
 from app.runner.native.families import ModelShape, read_shape
@@ -25,6 +26,8 @@ from app.runner.sampling import SAMPLER_EPOCH
 KERNEL_EPOCH = 1
 """Part of the fingerprint: raised when the kernels bring other bits on the same level."""
 _MOST_THREADS = 32
+_AS_IT_IS = "int4"
+"""The quantization that keeps the blocks of a .gguf."""
 
 
 def load(config: EngineConfig) -> NativeRunner:
@@ -38,13 +41,13 @@ def load(config: EngineConfig) -> NativeRunner:
     level = choose_level()
     library = Library(find_or_build(level))
     num_threads = min(num_cpus(), _MOST_THREADS) if config.num_threads is None else config.num_threads
-    precision = precision_of(config.quantization)
-    weights = load_weights(model_dir, shape, library, precision=precision, num_threads=num_threads)
+    quantization = _quantization(config, model_dir)
+    weights = load_weights(model_dir, shape, library, precision=precision_of(quantization), num_threads=num_threads)
     kv = _plan_kv(config, shape)
     model = NativeModel(shape, weights, num_blocks=kv.num_blocks, max_model_len=kv.max_model_len)
 
     def runner_with(max_num_batched_tokens: int, threads: int) -> NativeRunner:
-        info = _info(config, shape, weights, kv, level, num_threads, max_num_batched_tokens)
+        info = _info(config, shape, weights, quantization, kv, level, num_threads, max_num_batched_tokens)
         return NativeRunner(library, model, info, eos_token_ids=config.eos_token_ids, num_threads=threads)
 
     if config.max_num_batched_tokens is not None:
@@ -63,6 +66,18 @@ def _check_settings(config: EngineConfig) -> None:
         raise TierUnavailable(f"it has no quantization {config.quantization!r}", remedy=remedy)
     if config.block_size not in (None, BLOCK_SIZE):
         raise TierUnavailable(f"its blocks have {BLOCK_SIZE} tokens and the block size is {config.block_size}")
+
+
+def _quantization(config: EngineConfig, model_dir: Path) -> str | None:
+    """What was asked, or what the folder's weights are."""
+    if not is_in_blocks(model_dir):
+        return config.quantization
+    if config.quantization in (None, _AS_IT_IS):
+        return _AS_IT_IS
+    raise ConfigurationError(
+        f"{model_dir} holds a .gguf as it is, which serves no {config.quantization}: "
+        f"--quantization {_AS_IT_IS}, or name the .gguf file"
+    )
 
 
 def _plan_kv(config: EngineConfig, shape: ModelShape) -> KVPlan:
@@ -86,16 +101,17 @@ def _info(
     config: EngineConfig,
     shape: ModelShape,
     weights: ModelWeights,
+    quantization: str | None,
     kv: KVPlan,
     level: Level,
     num_threads: int,
     max_num_batched_tokens: int,
 ) -> RunnerInfo:
-    dtype = "bfloat16" if config.quantization is None else config.quantization
+    dtype = "bfloat16" if quantization is None else quantization
     threads = f"{num_threads} thread{'s' if num_threads > 1 else ''}"
     return RunnerInfo(
         tier="native",
-        tier_reason=f"{shape.model_type} model, {level.name} kernels, {threads}",
+        tier_reason=f"{shape.model_type} model, {level.name} kernels, {threads}{_blocks(weights)}",
         device="cpu",
         dtype=dtype,
         vocab_size=shape.vocab_size,
@@ -109,6 +125,11 @@ def _info(
         fingerprint=f"native-{level.name}-{dtype}-k{KERNEL_EPOCH}-s{SAMPLER_EPOCH}-"
         f"{weights.digest[:16]}-{_config_digest(config)}",
     )
+
+
+def _blocks(weights: ModelWeights) -> str:
+    """The kinds of blocks, the most frequent first."""
+    return f", weights in {' and '.join(weights.block_types)}" if weights.block_types else ""
 
 
 def _config_digest(config: EngineConfig) -> str:

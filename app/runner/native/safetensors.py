@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from app.core.errors import ConfigurationError
 
 _MAX_HEADER = 100_000_000
-_DTYPES: Mapping[str, np.dtype[Any]] = {
+DTYPES: Mapping[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
 }
 
-_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, struct.error)
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, struct.error)
 """What reading raises where a file does not have the form that it should."""
 
 
@@ -33,8 +33,17 @@ class Tensor:
     """One tensor where it lies in its file."""
 
     kind: str
-    """BF16 (as uint16), F16 or F32."""
+    """BF16 (as uint16), F16, F32, or a kind of blocks (bytes)."""
     values: NDArray[Any]
+    num_columns: int | None = None
+    """Elements of a row, where `values` are blocks: (rows, bytes of a row)."""
+    permuted_heads: int = 0
+    """Heads whose rows lie in turns, where `values` are blocks; 0: rows lie as they should."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In elements."""
+        return self.values.shape if self.num_columns is None else (len(self.values), self.num_columns)
 
 
 def read_tensors(model_dir: Path) -> dict[str, Tensor]:
@@ -43,7 +52,7 @@ def read_tensors(model_dir: Path) -> dict[str, Tensor]:
     for path in _files(model_dir):
         try:
             tensors.update(_read_file(path))
-        except _BROKEN as error:
+        except BROKEN as error:
             raise ConfigurationError(f"{path} is not a readable safetensors file ({error}); fetch it again") from error
     return tensors
 
@@ -55,7 +64,7 @@ def _files(model_dir: Path) -> list[Path]:
     if index.is_file():
         try:
             return [model_dir / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except _BROKEN as error:
+        except BROKEN as error:
             raise ConfigurationError(
                 f"{index} is no readable index of safetensors files ({type(error).__name__}: {error}); fetch it again"
             ) from error
@@ -72,9 +81,9 @@ def _read_file(path: Path) -> Iterator[tuple[str, Tensor]]:
     header.pop("__metadata__", None)
     for name, entry in header.items():
         kind, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
-        if kind not in _DTYPES:
+        if kind not in DTYPES:
             raise ValueError(f"{name} has dtype {kind}")
-        dtype, count = _DTYPES[kind], int(np.prod(shape, dtype=np.int64))
+        dtype, count = DTYPES[kind], int(np.prod(shape, dtype=np.int64))
         if end - begin != count * dtype.itemsize or not 0 <= begin <= end <= len(mapping) - 8 - size:
             raise ValueError(f"{name} does not fill its bytes {begin} to {end}")
         flat = np.frombuffer(mapping, dtype=dtype, count=count, offset=8 + size + begin)

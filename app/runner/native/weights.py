@@ -1,11 +1,12 @@
 """A model folder's weights, packed once into the layouts of the kernels; the files are let go after.
 
 Packed weights are the only copy: a tied embedding is looked up in the packed head. Where the head is
-int8 the embedding stays bf16, a copy of its own.
+int8 the embedding stays bf16, a copy of its own. Blocks of a GGUF file are moved, never computed anew.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,16 @@ from numpy.typing import NDArray
 from app.core.errors import ConfigurationError
 from app.runner.base import TierUnavailable
 from app.runner.native.arena import Arena, aligned
+from app.runner.native.blocks import (
+    BLOCK,
+    BlockKind,
+    SourceType,
+    is_in_blocks,
+    kind_of,
+    packed_bytes,
+    read_blocks,
+    unpermuted_rows,
+)
 from app.runner.native.families import ModelShape
 from app.runner.native.library import CLinear, Library, address
 from app.runner.native.precision import Form, Precision
@@ -26,6 +37,9 @@ _COLUMNS = 64
 _TURN = 16
 """Gate and up columns take turns of this many."""
 _ONE_RUN = 1 << 30
+_VOCABULARIES = frozenset({"model.embed_tokens", "lm_head"})
+_CHUNK = 1 << 22
+"""Weights that are quantised at once."""
 
 
 def padded(count: int) -> int:
@@ -38,7 +52,7 @@ class PackedLinear:
     """One linear in a kernel's layout."""
 
     weight: NDArray[Any]
-    """bf16 (n_pad / 64, k / 2, 64, 2) or int8 (n_pad / 64, k / 4, 64, 4), flat."""
+    """bf16 (n_pad / 64, k / 2, 64, 2), int8 (n_pad / 64, k / 4, 64, 4) or blocks (src/blocks.h), flat."""
     n_pad: int
     k: int
     form: Form
@@ -48,6 +62,8 @@ class PackedLinear:
     """(n_pad,), int8 alone."""
     zero: NDArray[np.int32] | None = None
     """(n_pad,), int8 alone."""
+    kind: BlockKind | None = None
+    """Of Form.BLOCKS alone."""
 
     def as_struct(self) -> CLinear:
         """Pointers into the arrays, which must outlive it."""
@@ -58,7 +74,8 @@ class PackedLinear:
             zero=address(self.zero),
             n_pad=self.n_pad,
             k=self.k,
-            byte_rows=int(self.form),
+            byte_rows=self.form.byte_rows,
+            blocks=0 if self.kind is None else int(self.kind),
         )
 
 
@@ -82,20 +99,22 @@ class ModelWeights:
 
     layers: tuple[LayerWeights, ...]
     head: PackedLinear
-    embedding: NDArray[Any]
-    """bf16 in the layout of a packed linear of vocab columns."""
+    embedding: PackedLinear
+    """A column a token; bf16 or blocks."""
     final_norm: NDArray[np.float32]
     precision: Precision
     num_bytes: int
     digest: str
     """sha256 over names, types and bytes of the source tensors."""
+    block_types: tuple[str, ...] = ()
+    """Of weights in blocks, the most frequent first."""
 
 
 def load_weights(
     model_dir: Path, shape: ModelShape, library: Library, *, precision: Precision, num_threads: int
 ) -> ModelWeights:
     """Map, check and pack. Raises ConfigurationError (broken files), TierUnavailable (tensors unknown)."""
-    tensors = read_tensors(model_dir)
+    tensors = read_blocks(model_dir) if is_in_blocks(model_dir) else read_tensors(model_dir)
     packer = _Packer(shape, library, tensors, precision)
     layers = tuple(packer.layer(index) for index in range(shape.num_layers))
     head, embedding = packer.head_and_embedding()
@@ -105,14 +124,23 @@ def load_weights(
         digest = pool.submit(_digest, tensors)
         for done in [pool.submit(job) for job in packer.jobs]:
             done.result()
-        return ModelWeights(layers, head, embedding, final_norm, precision, packer.arena.num_bytes, digest.result())
+        return ModelWeights(
+            layers,
+            head,
+            embedding,
+            final_norm,
+            precision,
+            packer.arena.num_bytes,
+            digest.result(),
+            block_types=tuple(kind.name for kind, _ in packer.block_types.most_common()),
+        )
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(f"{name} {tensor.kind} {tensor.values.shape}\n".encode())
+        digest.update(f"{name} {tensor.kind} {tensor.shape}\n".encode())
         digest.update(np.ascontiguousarray(tensor.values).data)
     return digest.hexdigest()
 
@@ -127,6 +155,7 @@ class _Packer:
     precision: Precision
     jobs: list[Callable[[], None]] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
+    block_types: Counter[SourceType] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.arena = Arena(self._arena_bytes(), huge_pages=True)
@@ -154,7 +183,7 @@ class _Packer:
 
     def linear(self, parts: list[tuple[str, int]], *, k: int, form: Form, has_bias: bool) -> PackedLinear:
         """Linears side by side: their columns one after the other."""
-        packed = self._empty(sum(size for _, size in parts), k, form=form, has_bias=has_bias)
+        packed = self._empty(sum(size for _, size in parts), k, form=form, has_bias=has_bias, names=dict(parts))
         column = 0
         for name, size in parts:
             self._fill(packed, name, size, column=column, run=_ONE_RUN, stride=0)
@@ -164,22 +193,30 @@ class _Packer:
     def gate_up(self, prefix: str) -> PackedLinear:
         """Gate and up columns in turns, so that one tile holds both halves of silu(gate) * up."""
         size = self.shape.intermediate
-        packed = self._empty(2 * size, self.shape.hidden, form=self.precision.gate_up, has_bias=self.shape.mlp_bias)
-        self._fill(packed, prefix + "gate_proj", size, column=0, run=_TURN, stride=2 * _TURN)
-        self._fill(packed, prefix + "up_proj", size, column=_TURN, run=_TURN, stride=2 * _TURN)
+        names = prefix + "gate_proj", prefix + "up_proj"
+        form, has_bias = self.precision.gate_up, self.shape.mlp_bias
+        packed = self._empty(2 * size, self.shape.hidden, form=form, has_bias=has_bias, names=names)
+        for index, name in enumerate(names):
+            self._fill(packed, name, size, column=index * _TURN, run=_TURN, stride=2 * _TURN)
         return packed
 
-    def head_and_embedding(self) -> tuple[PackedLinear, NDArray[Any]]:
-        shape, embed = self.shape, "model.embed_tokens"
-        embedding = self._empty(shape.vocab_size, shape.hidden, form=Form.BF16, has_bias=False)
-        self._fill(embedding, embed, shape.vocab_size, column=0, run=_ONE_RUN, stride=0)
+    def head_and_embedding(self) -> tuple[PackedLinear, PackedLinear]:
+        shape, embed, form = self.shape, "model.embed_tokens", self.precision.head
+        embedding = self._vocabulary(embed, self._embedding_form)
         if shape.is_tied and "lm_head.weight" in self.tensors:
             self.used.add("lm_head.weight")  # a copy that some exporters keep
-        if shape.is_tied and self.precision.head is Form.BF16:
-            return embedding, embedding.weight
-        head = self._empty(shape.vocab_size, shape.hidden, form=self.precision.head, has_bias=False)
-        self._fill(head, embed if shape.is_tied else "lm_head", shape.vocab_size, column=0, run=_ONE_RUN, stride=0)
-        return head, embedding.weight
+        if shape.is_tied and form is embedding.form:
+            return embedding, embedding
+        return self._vocabulary(embed if shape.is_tied else "lm_head", form), embedding
+
+    @property
+    def _embedding_form(self) -> Form:
+        return Form.BLOCKS if self.precision.head is Form.BLOCKS else Form.BF16
+
+    def _vocabulary(self, name: str, form: Form) -> PackedLinear:
+        packed = self._empty(self.shape.vocab_size, self.shape.hidden, form=form, has_bias=False, names=(name,))
+        self._fill(packed, name, self.shape.vocab_size, column=0, run=_ONE_RUN, stride=0)
+        return packed
 
     def vector(self, name: str, size: int, *, pad: int) -> NDArray[np.float32]:
         """A float32 copy, zero beyond `size`."""
@@ -196,21 +233,32 @@ class _Packer:
     def _head_norm(self, name: str) -> NDArray[np.float32] | None:
         return self.vector(name, self.shape.head_dim, pad=self.shape.head_dim) if self.shape.qk_norm else None
 
-    def _empty(self, n: int, k: int, *, form: Form, has_bias: bool) -> PackedLinear:
+    def _empty(self, n: int, k: int, *, form: Form, has_bias: bool, names: Iterable[str]) -> PackedLinear:
         n_pad = padded(n)
         bias = np.zeros(n_pad, dtype=np.float32) if has_bias else None
         if form is Form.BF16:
             return PackedLinear(self.arena.take(n_pad * k, np.uint16), n_pad, k, form, bias)
+        if form is Form.BLOCKS:
+            kind = self._kind(names)
+            weight = self.arena.take(packed_bytes(kind, n_pad, k), np.uint8)
+            return PackedLinear(weight, n_pad, k, form, bias, kind=kind)
         weight = self.arena.take(n_pad * k, np.int8)
         scale, zero = np.zeros(n_pad, dtype=np.float32), np.zeros(n_pad, dtype=np.int32)
         return PackedLinear(weight, n_pad, k, form, bias, scale, zero)
 
     def _fill(self, packed: PackedLinear, name: str, size: int, *, column: int, run: int, stride: int) -> None:
         source = self._tensor(name + ".weight", (size, packed.k))
+        rows = np.arange(size)
         if packed.bias is not None:
-            rows = np.arange(size)
             packed.bias[column + rows // run * stride + rows % run] = _as_float(self._tensor(name + ".bias", (size,)))
-        self.jobs.append(lambda: self._pack(packed, source, column=column, run=run, stride=stride))
+        if packed.kind is not None:
+            order = unpermuted_rows(size, source.permuted_heads)
+            columns = (column + order // run * stride + order % run).astype(np.int32)
+            type_ = self._source_type(name)
+            self.block_types[type_] += 1
+            self.jobs.append(lambda: self._pack_blocks(packed, source, type_, columns))
+        else:
+            self.jobs.append(lambda: self._pack(packed, source, column=column, run=run, stride=stride))
 
     def _pack(self, packed: PackedLinear, source: Tensor, *, column: int, run: int, stride: int) -> None:
         rows = _as_bf16(source, self.library)
@@ -221,34 +269,64 @@ class _Packer:
             scales = address(packed.scale), address(packed.zero)
             self.library.pack_int8(address(packed.weight), *scales, address(rows), *where)
 
+    def _pack_blocks(self, packed: PackedLinear, source: Tensor, type_: SourceType, columns: NDArray[np.int32]) -> None:
+        k, step = packed.k, max(1, _CHUNK // packed.k)
+        for first in range(0, len(columns), step):
+            part, where = source.values[first : first + step], columns[first : first + step]
+            if source.num_columns is None:
+                floats = _as_float(Tensor(source.kind, part))
+                part = np.empty((len(part), -(-k // BLOCK) * type_.num_bytes), dtype=np.uint8)
+                self.library.quantise_rows(address(part), type_, address(floats), len(part), k)
+            self.library.pack_blocks(
+                address(packed.weight), packed.kind, address(part), type_, len(part), k, address(where)
+            )
+
+    def _kind(self, names: Iterable[str]) -> BlockKind:
+        return kind_of(self._source_type(name) for name in names)
+
+    def _source_type(self, name: str) -> SourceType:
+        """The file's own; where it has numbers, 4 bits, and 8 for what reads and writes tokens."""
+        tensor = self.tensors.get(name + ".weight")
+        if tensor is not None and tensor.num_columns is not None:
+            return SourceType[tensor.kind]
+        return SourceType.Q8_0 if name in _VOCABULARIES else SourceType.Q4_1
+
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.tensors.get(name)
         if tensor is None:
             raise ConfigurationError(f"the model's safetensors files have no tensor {name!r}; fetch the model again")
-        if tensor.values.shape != shape:
+        if tensor.shape != shape:
             raise ConfigurationError(
-                f"tensor {name!r} has shape {tensor.values.shape} and config.json means {shape}; fetch the model again"
+                f"tensor {name!r} has shape {tensor.shape} and config.json means {shape}; fetch the model again"
             )
         self.used.add(name)
         return tensor
 
     def _arena_bytes(self) -> int:
+        shape = self.shape
+        embedding = self._bytes(shape.vocab_size, shape.hidden, self._embedding_form, ("model.embed_tokens",))
+        has_own_head = self.precision.head is not self._embedding_form or not shape.is_tied
+        head_names = ("model.embed_tokens" if shape.is_tied else "lm_head",)
+        head = self._bytes(shape.vocab_size, shape.hidden, self.precision.head, head_names)
+        layers = sum(self._layer_bytes(f"model.layers.{index}.") for index in range(shape.num_layers))
+        return layers + embedding + (head if has_own_head else 0)
+
+    def _layer_bytes(self, prefix: str) -> int:
         shape, forms = self.shape, self.precision
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        layer = (
-            _linear_bytes(q_size + 2 * kv_size, shape.hidden, forms.qkv)
-            + _linear_bytes(shape.hidden, q_size, forms.output)
-            + _linear_bytes(2 * shape.intermediate, shape.hidden, forms.gate_up)
-            + _linear_bytes(shape.hidden, shape.intermediate, forms.down)
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        qkv, gate_up = [attention + f"{part}_proj" for part in "qkv"], [mlp + "gate_proj", mlp + "up_proj"]
+        return (
+            self._bytes(q_size + 2 * kv_size, shape.hidden, forms.qkv, qkv)
+            + self._bytes(shape.hidden, q_size, forms.output, [attention + "o_proj"])
+            + self._bytes(2 * shape.intermediate, shape.hidden, forms.gate_up, gate_up)
+            + self._bytes(shape.hidden, shape.intermediate, forms.down, [mlp + "down_proj"])
         )
-        embedding = _linear_bytes(shape.vocab_size, shape.hidden, Form.BF16)
-        head = _linear_bytes(shape.vocab_size, shape.hidden, forms.head)
-        has_own_head = forms.head is not Form.BF16 or not shape.is_tied
-        return shape.num_layers * layer + embedding + (head if has_own_head else 0)
 
-
-def _linear_bytes(n: int, k: int, form: Form) -> int:
-    return aligned(padded(n) * k * (2 if form is Form.BF16 else 1))
+    def _bytes(self, n: int, k: int, form: Form, names: Iterable[str]) -> int:
+        if form is Form.BLOCKS:
+            return aligned(packed_bytes(self._kind(names), padded(n), k))
+        return aligned(padded(n) * k * (2 if form is Form.BF16 else 1))
 
 
 def _as_float(tensor: Tensor) -> NDArray[np.float32]:

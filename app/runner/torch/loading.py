@@ -44,6 +44,8 @@ def load_model(config: EngineConfig, device: torch.device) -> LoadedModel:
     if config.quantization is not None:
         raise TierUnavailable(f"it does not quantize (asked: {config.quantization})", remedy="leave out --quantization")
     folder = Path(config.model_dir)
+    if (folder / "model.gguf.index.json").is_file():
+        raise TierUnavailable("it does not read the blocks of a .gguf", remedy="name the .gguf without --quantization")
     model_config = read_config(folder)
     check_family(model_config)
     dtype, reason = choose_dtype(config.dtype, model_config, device)

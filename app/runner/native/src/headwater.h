@@ -24,7 +24,7 @@ typedef struct {
     const int32_t *zero; /* int8: [n_pad], 128 * sum over k of the weights: what the +128 of inputs adds */
     int32_t n_pad, k;
     int32_t byte_rows; /* 0: bf16. int8: rows of bytes that hold one row of inputs, 2 being high and low bytes */
-    int32_t reserved;
+    int32_t blocks;    /* 0, or the kind of its blocks of 32 (blocks.h): weight alone is used */
 } hw_linear;
 
 typedef struct {
@@ -36,12 +36,13 @@ typedef struct {
 
 typedef struct {
     int32_t num_layers, hidden, hidden_pad, num_heads, num_kv_heads, head_dim, act_pad, vocab;
-    int32_t byte_rows, reserved; /* the largest byte_rows of all linears */
+    int32_t byte_rows; /* the largest of all linears */
+    int32_t has_blocks;
     float norm_eps, attention_scale;
     int64_t block_stride; /* elements from a block to the next in k_cache and v_cache */
     const hw_layer *layers;
     hw_linear head;
-    const uint16_t *embedding; /* packed bf16, as a linear of vocab columns */
+    hw_linear embedding; /* bf16 or blocks, a column a token */
     const float *final_norm;   /* [hidden_pad] */
     const float *rope_cos, *rope_sin; /* [position][head_dim / 2] */
 } hw_model;

@@ -3,6 +3,8 @@
 
 #include <math.h>
 
+#include "blocks.h"
+
 static void finish_store(const finish *f, const float *y, int row, int column, int width) {
     float *out = f->out + row * f->stride + column;
     for (int c = 0; c < width; c += VL) v_store(out + c, v_load(y + c));
@@ -52,7 +54,7 @@ void best_reset(lane_best *best, int rows) {
     }
 }
 
-static void finish_row(const finish *f, const float *y, int row, int column, int width) {
+void finish_row(const finish *f, const float *y, int row, int column, int width) {
     switch (f->kind) {
         case FINISH_STORE: finish_store(f, y, row, column, width); break;
         case FINISH_ADD: finish_add(f, y, row, column, width); break;
@@ -104,6 +106,10 @@ static void tile_rows(const hw_linear *lin, const linear_in *in, tile_in *t, int
 }
 
 void linear_run(const hw_linear *lin, const linear_in *in, int rows, const finish *done, int from, int to) {
+    if (lin->blocks) {
+        blocks_run(lin, in, rows, done, from, to);
+        return;
+    }
     const int per_group = lin->byte_rows ? 4 : 2;
     const long groups = lin->k / per_group, block_bytes = groups * COLUMNS * 4;
     const int count = tile_count(rows, lin->byte_rows == 2 ? MR_MAX / 2 : MR_MAX);

@@ -3,6 +3,8 @@
 #define HW_LINEAR_H
 #include "tile.h"
 
+#define UNIT 32 /* columns: the least share of a thread */
+
 typedef enum {
     FINISH_STORE,    /* out = y */
     FINISH_ADD,      /* out += y: the residual stream */
@@ -27,17 +29,21 @@ typedef struct {
     int columns;          /* FINISH_LOGITS: real columns; padding beyond is ignored */
 } finish;
 
-/* Inputs of a linear: bf16 rows, or for int8 rows of bytes, byte_rows to each scale. */
+typedef struct block_scale block_scale;
+
+/* Inputs of a linear: bf16 rows; for int8 rows of bytes, byte_rows to each scale; for weights in blocks
+ * rows of signed bytes, a block_scale to each 32. */
 typedef struct {
     const uint16_t *bf16;
     const uint8_t *bytes;
     const float *scales;
+    const block_scale *blocks; /* [rows][stride / 32] */
     long stride; /* elements */
 } linear_in;
 
-#define UNIT 32 /* columns that are shared out together */
-
 /* Units of columns from .. to - 1, for all rows. */
 void linear_run(const hw_linear *linear, const linear_in *in, int rows, const finish *done, int from, int to);
+/* What is done to `width` columns of one row once they are there. */
+void finish_row(const finish *done, const float *y, int row, int column, int width);
 void best_reset(lane_best *best, int rows);
 #endif

@@ -3,11 +3,11 @@
 
 #include <math.h>
 
-#include "vmath.h"
+#include "blocks.h"
 
-void row_embed(const hw_model *model, int token, float *out) {
-    const long pairs = model->hidden / 2;
-    const uint32_t *packed = (const uint32_t *)model->embedding + (token / COLUMNS) * pairs * COLUMNS + token % COLUMNS;
+static void bf16_column(const hw_linear *lin, int column, float *out) {
+    const long pairs = lin->k / 2;
+    const uint32_t *packed = (const uint32_t *)lin->weight + (column / COLUMNS) * pairs * COLUMNS + column % COLUMNS;
     for (long i = 0; i < pairs; i++) {
         union { uint32_t bits; float value; } even, odd;
         even.bits = packed[i * COLUMNS] << 16;
@@ -15,6 +15,11 @@ void row_embed(const hw_model *model, int token, float *out) {
         out[2 * i] = even.value;
         out[2 * i + 1] = odd.value;
     }
+}
+
+void row_embed(const hw_model *model, int token, float *out) {
+    if (model->embedding.blocks) blocks_column(&model->embedding, token, out);
+    else bf16_column(&model->embedding, token, out);
     for (int i = model->hidden; i < model->hidden_pad; i++) out[i] = 0.0f;
 }
 

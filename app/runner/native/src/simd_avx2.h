@@ -10,6 +10,9 @@
 #define MR_MAX 4 /* 4 x 2 accumulators + 2 x 2 widened weights + 2 broadcasts = 14 of 16 registers */
 #define NV_MAX 2
 
+#define BLOCKS_NV 2 /* the same for weights in blocks, which take two sums a result */
+#define BLOCKS_NV_OF(mr) ((mr) > 2 ? 1 : 2)
+
 typedef __m256 vf;
 typedef __m256i vi;
 typedef __m256 vm;
@@ -97,9 +100,25 @@ INLINE void vi_store_low_bytes(uint8_t *p, vi i) { /* each lane in 0..255 */
 INLINE void v_store_u8(uint8_t *p, vf a) {
     vi_store_low_bytes(p, _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(128)));
 }
+INLINE void v_store_s8(int8_t *p, vf a) {
+    vi_store_low_bytes((uint8_t *)p, _mm256_and_si256(_mm256_cvtps_epi32(a), _mm256_set1_epi32(255)));
+}
 INLINE void v_store_u16_halves(uint8_t *high, uint8_t *low, vf a) {
     vi i = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(32768));
     vi_store_low_bytes(high, _mm256_and_si256(_mm256_srli_epi32(i, 8), _mm256_set1_epi32(255)));
     vi_store_low_bytes(low, _mm256_and_si256(i, _mm256_set1_epi32(255)));
 }
+
+INLINE vf v_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+INLINE float f16_to_float(uint16_t a) { return _cvtsh_ss(a); }
+INLINE uint16_t float_to_f16(float a) { return _cvtss_sh(a, _MM_FROUND_TO_NEAREST_INT); }
+INLINE vi vi_low_nibbles(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+INLINE vi vi_high_nibbles(vi a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
+/* Eight pairs of products of 15 x 127 fit into 16 bits. GCC would add them as a tree, and spill. */
+INLINE vi nibbles_dp(vi acc, vi w, vi x) {
+    acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x));
+    __asm__("" : "+x"(acc));
+    return acc;
+}
+INLINE vi nibbles_sum(vi acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
 #endif

@@ -12,6 +12,9 @@
 #define MR_MAX 6  /* rows of the largest register tile: 6 x 4 accumulators + 4 weights + 1 broadcast */
 #define NV_MAX 4  /* vectors across a tile */
 
+#define BLOCKS_NV 2         /* the same for weights in blocks, which take two sums a result */
+#define BLOCKS_NV_OF(mr) 2
+
 typedef __m512 vf;
 typedef __m512i vi;
 typedef __mmask16 vm;
@@ -73,10 +76,21 @@ INLINE void v_store_u8(uint8_t *p, vf a) {
     vi i = _mm512_add_epi32(_mm512_cvtps_epi32(a), _mm512_set1_epi32(128));
     _mm_storeu_si128((__m128i *)p, _mm512_cvtusepi32_epi8(i));
 }
+/* Round and keep a byte a lane: |a| <= 127. */
+INLINE void v_store_s8(int8_t *p, vf a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a))); }
 /* Round, add 32768, keep the high and the low byte of a lane: |a| <= 32767. */
 INLINE void v_store_u16_halves(uint8_t *high, uint8_t *low, vf a) {
     vi i = _mm512_add_epi32(_mm512_cvtps_epi32(a), _mm512_set1_epi32(32768));
     _mm_storeu_si128((__m128i *)high, _mm512_cvtepi32_epi8(_mm512_srli_epi32(i, 8)));
     _mm_storeu_si128((__m128i *)low, _mm512_cvtepi32_epi8(i));
 }
+
+INLINE vf v_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE float f16_to_float(uint16_t a) { return _cvtsh_ss(a); }
+INLINE uint16_t float_to_f16(float a) { return _cvtss_sh(a, _MM_FROUND_TO_NEAREST_INT); }
+INLINE vi vi_low_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+INLINE vi vi_high_nibbles(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+/* acc + products of w in 0..15 with signed x; after at most 8 of them, nibbles_sum gives 32-bit sums. */
+INLINE vi nibbles_dp(vi acc, vi w, vi x) { return _mm512_dpbusd_epi32(acc, w, x); }
+INLINE vi nibbles_sum(vi acc) { return acc; }
 #endif

@@ -6,8 +6,8 @@
 #include <string.h>
 
 #include "attention.h"
+#include "blocks.h"
 #include "draw.h"
-#include "linear.h"
 #include "pool.h"
 #include "rows.h"
 #ifdef __SANITIZE_ADDRESS__
@@ -31,6 +31,7 @@ struct hw_context {
     float *residual, *qkv, *scales;
     uint16_t *x, *attended, *activated;
     uint8_t *bytes;
+    block_scale *block_scales;
     query_block *queries;
     lane_best *best;              /* [thread][logits row] */
     attention_scratch *attention; /* [thread] */
@@ -71,6 +72,7 @@ static size_t lay_out(hw_context *c, const hw_model *m, const hw_step *s, char *
     c->activated = carve(&at, tokens * (size_t)m->act_pad * 2);
     c->bytes = carve(&at, (size_t)m->byte_rows * rows * (size_t)widest(m));
     c->scales = carve(&at, rows * sizeof(float));
+    c->block_scales = carve(&at, m->has_blocks ? rows * (size_t)(widest(m) / BLOCK_K) * sizeof(block_scale) : 0);
     c->queries = carve(&at, tokens * sizeof(query_block));
     c->best = carve(&at, threads * rows * sizeof(lane_best));
     c->attention = carve(&at, threads * sizeof(attention_scratch));
@@ -102,12 +104,14 @@ static void plan_queries(hw_context *c, const hw_model *m, const hw_step *s) {
 
 /* ---- what is done to some of the items of a phase ---- */
 
-/* Inputs of an int8 linear as bytes. */
+/* Inputs of a linear as bytes. */
 static void quantise_rows(const job *j, const hw_linear *lin, const uint16_t *x, long stride, int from, int to) {
     const long width = widest(j->model);
     for (int r = from; r < to; r++) {
         uint8_t *bytes = j->ctx->bytes + r * lin->byte_rows * width;
-        if (lin->byte_rows == 1) row_quantise(x + r * stride, lin->k, bytes, j->ctx->scales + r);
+        if (lin->blocks)
+            row_quantise_blocks(x + r * stride, lin->k, (int8_t *)bytes, j->ctx->block_scales + r * (width / BLOCK_K));
+        else if (lin->byte_rows == 1) row_quantise(x + r * stride, lin->k, bytes, j->ctx->scales + r);
         else row_quantise_wide(x + r * stride, lin->k, bytes, bytes + width, j->ctx->scales + r);
     }
 }
@@ -149,11 +153,13 @@ static void attend_items(const job *j, const hw_layer *layer, int from, int to, 
     }
 }
 
-/* x times some columns of a linear into `done`; the bytes of an int8 linear's inputs are there. */
+/* x times some columns of a linear into `done`; where its inputs are bytes, they are there. */
 static void project(const job *j, const hw_linear *lin, const uint16_t *x, long stride, int rows, const finish *done,
                     int from, int to) {
     linear_in in = {.bf16 = x, .stride = stride};
-    if (lin->byte_rows) in = (linear_in){.bytes = j->ctx->bytes, .scales = j->ctx->scales, .stride = widest(j->model)};
+    if (lin->byte_rows)
+        in = (linear_in){.bytes = j->ctx->bytes, .scales = j->ctx->scales, .blocks = j->ctx->block_scales,
+                         .stride = widest(j->model)};
     linear_run(lin, &in, rows, done, from, to);
 }
 
@@ -344,11 +350,11 @@ static void linears_run(const void *arg, int phase, int from, int to, int thread
 }
 
 /* One linear of every layer, one after the other, each finished as a step finishes it. x: bf16, or bytes
- * with scales for int8; [rows][k]. */
+ * with scales for int8, with block_scales for blocks; [rows][k]. */
 void hw_run_linears(hw_context *c, const hw_layer *layers, int32_t num_layers, int32_t which, int32_t rows,
-                    const void *x, const float *scales, float *out) {
+                    const void *x, const void *scales, float *out) {
     const long k = (&layers->qkv + which)->k;
-    linear_job j = {layers, which, rows, {.bf16 = x, .bytes = x, .scales = scales, .stride = k}, out};
+    linear_job j = {layers, which, rows, {.bf16 = x, .bytes = x, .scales = scales, .blocks = scales, .stride = k}, out};
     pool_run(c->pool, &(hw_region){num_layers, linears_count, linears_run, &j});
 }
 
