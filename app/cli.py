@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from app import __version__
@@ -77,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     commands.add_parser("list", help="list the catalogue and what is in the cache").set_defaults(command=_list)
     register_terminal(commands)
-    register_training(commands)
+    register_training(commands, find_model=_find_model)
     return parser
 
 
@@ -137,6 +138,12 @@ def _pull(options: argparse.Namespace) -> int:
     folder = pull(options.model, report=remark)
     answer(f"{folder.name} is in {folder.path} ({folder.licence or 'licence not stated'})")
     return EXIT_OK
+
+
+def _find_model(name: str) -> Path:
+    from app.store import resolve
+
+    return resolve(name, report=remark).path
 
 
 def _list(_options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ or a kill at any moment leaves the last good one. Tensors are safetensors, the r
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +90,22 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
 
 
+def write_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one file of tensors, in place of one that was there, or leave that as it was.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    draft = path.with_name(f".draft-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _save_tensors(tensors, draft)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     if not folder.is_dir():
         return []
@@ -96,7 +113,7 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # how the library tells a full disk

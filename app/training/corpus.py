@@ -34,7 +34,7 @@ def read_corpus(places: Sequence[Path]) -> Corpus:
     Raises:
         ConfigurationError: nothing to read, a file that is no UTF-8 or that vanished, or a line that is no JSON.
     """
-    files = [file for place in places for file in _text_files(place)]
+    files = [file for place in places for file in text_files(place)]
     seen: set[bytes] = set()
     documents, num_duplicates, num_bytes = [], 0, 0
     for file in files:
@@ -55,23 +55,29 @@ def read_corpus(places: Sequence[Path]) -> Corpus:
     return Corpus(documents=tuple(documents), num_bytes=num_bytes, num_files=len(files), num_duplicates=num_duplicates)
 
 
-def _text_files(place: Path) -> list[Path]:
+def text_files(place: Path) -> list[Path]:
+    """The file itself, or those of a folder that this module reads, by name.
+
+    Raises:
+        ConfigurationError: nothing is there.
+    """
     if place.is_file():
         return [place]
     if not place.is_dir():
         raise ConfigurationError(f"{place} is not there: give a text file or a folder of them")
     return sorted(
-        file for file in place.rglob("*") if file.is_file() and _suffix(file) in {*TEXT_SUFFIXES, LINES_SUFFIX}
+        file for file in place.rglob("*") if file.is_file() and suffix_of(file) in {*TEXT_SUFFIXES, LINES_SUFFIX}
     )
 
 
-def _suffix(file: Path) -> str:
+def suffix_of(file: Path) -> str:
+    """Without .gz."""
     return Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
 
 
 def _documents(file: Path) -> Iterator[str]:
-    text = _read_text(file)
-    if _suffix(file) != LINES_SUFFIX:
+    text = read_text(file)
+    if suffix_of(file) != LINES_SUFFIX:
         yield from filter(str.strip, [text])
         return
     for number, line in enumerate(text.split("\n"), start=1):
@@ -81,7 +87,12 @@ def _documents(file: Path) -> Iterator[str]:
                 yield document
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """The whole of a file, unpacked.
+
+    Raises:
+        ConfigurationError: it is no UTF-8, no gzip, or cannot be read.
+    """
     try:
         data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         return data.decode("utf-8")

@@ -3,16 +3,15 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Literal
 
 import torch
 
-from app.training.recipe import TrainTable
 
-
-def choose_dtype(train: TrainTable, device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it in hardware, unless the recipe says otherwise."""
-    if train.dtype != "auto":
-        return torch.bfloat16 if train.dtype == "bfloat16" else torch.float32
+def choose_dtype(wanted: Literal["auto", "bfloat16", "float32"], device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it in hardware, unless a type is wanted."""
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from app.training.recipe import TrainTable
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+SCALE = "scale"
+"""Of a group of parameters: what its learning rate is multiplied by; 1 where it is missing."""
 _HAS_STEP = "exp_avg"
 """What AdamW keeps beside a count of steps; Muon keeps none."""
 
@@ -21,17 +23,15 @@ class Optimizer:
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         self.parts = tuple(parts)
-
-    @property
-    def rate(self) -> float:
-        """The learning rate of the last `step`."""
-        return float(self.parts[0].param_groups[0]["lr"])
+        self.rate = 0.0
+        """The learning rate of the last `step`, unscaled."""
 
     def step(self, rate: float) -> None:
         """Move the parameters by their gradients, then forget these."""
+        self.rate = rate
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get(SCALE, 1.0)
             part.step()
             part.zero_grad(set_to_none=True)
 

@@ -5,12 +5,8 @@ one that was not. SIGTERM and Ctrl-C end the run after the step at hand, with a 
 """
 
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import torch
 
@@ -21,6 +17,7 @@ from app.training.recipe import Recipe
 from app.training.report import write_report
 from app.training.run import Run, last_good, open_run, save
 from app.training.samples import sample_text
+from app.training.signals import stop_signals
 from app.training.step import heldout_loss, train_step
 from app.training.workers import join_workers
 
@@ -42,7 +39,7 @@ def pretrain(recipe: Recipe) -> Path | None:
         run = open_run(recipe, workers=workers)
         with run_display(steps=recipe.train.steps, done=run.step, is_shown=workers.is_first) as display:
             display.line(run.describe())
-            with _stop_signals(run):
+            with stop_signals(run.stop):
                 _train(run, display)
         return _finish(run, display)
 
@@ -135,16 +132,3 @@ def _sample(run: Run, display: RunDisplay) -> None:
         text = sample_text(run.model, run.tokenizer, prompt, num_tokens=run.recipe.run.sample_tokens, seed=run.step)
         run.metrics.write({"step": run.step, "sample": text})
         display.sample(run.step, text)
-
-
-@contextmanager
-def _stop_signals(run: Run) -> Iterator[None]:
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        run.is_stopping = True
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

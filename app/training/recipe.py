@@ -1,7 +1,8 @@
 """A recipe: everything that a pretraining run depends on, read from TOML and checked before anything starts."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -12,11 +13,14 @@ Count = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 
-class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    pass
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A table of a recipe."""
 
 
-class ModelTable(_Table, frozen=True, kw_only=True):
+AnyTable = TypeVar("AnyTable", bound=Table)
+
+
+class ModelTable(Table, frozen=True, kw_only=True):
     """The shape. `gpt2`: learned positions, LayerNorm, GELU. `llama`: RoPE, RMSNorm, SwiGLU, grouped queries."""
 
     architecture: Literal["llama", "gpt2"]
@@ -32,7 +36,7 @@ class ModelTable(_Table, frozen=True, kw_only=True):
     rope_theta: float = 10_000.0
 
 
-class ScheduleTable(_Table, frozen=True, kw_only=True):
+class ScheduleTable(Table, frozen=True, kw_only=True):
     """Learning rate by step: linear warm-up, then a cosine, or constant and linear decay at the end (`wsd`)."""
 
     kind: Literal["cosine", "wsd"]
@@ -44,7 +48,7 @@ class ScheduleTable(_Table, frozen=True, kw_only=True):
     """Of the learning rate, at the last step."""
 
 
-class TrainTable(_Table, frozen=True, kw_only=True):
+class TrainTable(Table, frozen=True, kw_only=True):
     """The loop."""
 
     steps: Count
@@ -66,7 +70,7 @@ class TrainTable(_Table, frozen=True, kw_only=True):
     """0: torch's own choice."""
 
 
-class RunTable(_Table, frozen=True, kw_only=True):
+class RunTable(Table, frozen=True, kw_only=True):
     """What is written, and how often (in steps)."""
 
     folder: str
@@ -81,7 +85,7 @@ class RunTable(_Table, frozen=True, kw_only=True):
     save_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class Recipe(_Table, frozen=True, kw_only=True):
+class Recipe(Table, frozen=True, kw_only=True):
     """The whole file."""
 
     data: str
@@ -97,20 +101,36 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         ConfigurationError: it is missing, no TOML, or a value does not fit; says which.
     """
-    try:
-        recipe = msgspec.toml.decode(path.read_bytes(), type=Recipe)
-    except (OSError, msgspec.DecodeError) as error:
-        raise ConfigurationError(f"the recipe {path} cannot be used: {error}") from error
+    recipe = read_recipe(path, Recipe)
     _check(recipe, path)
     base = path.parent.resolve()
     run = msgspec.structs.replace(recipe.run, folder=str(base / recipe.run.folder))
     return msgspec.structs.replace(recipe, data=str(base / recipe.data), run=run)
 
 
+def read_recipe(path: Path, kind: type[AnyTable]) -> AnyTable:
+    """Read a TOML file as a struct.
+
+    Raises:
+        ConfigurationError: it is missing, no TOML, or has a field that does not fit.
+    """
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigurationError(f"the recipe {path} cannot be used: {error}") from error
+
+
+def refuse(path: Path, wrong: Mapping[str, object]) -> None:
+    """Raise ConfigurationError with the first message whose value is true."""
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise ConfigurationError(f"the recipe {path} cannot be used: {message}")
+
+
 def _check(recipe: Recipe, path: Path) -> None:
     model, train, schedule = recipe.model, recipe.train, recipe.train.schedule
     kv_heads = model.heads if model.kv_heads is None else model.kv_heads
-    wrong = {
+    wrong: dict[str, object] = {
         f"model.hidden_size {model.hidden_size} is no multiple of model.heads {model.heads}": model.hidden_size
         % model.heads,
         f"model.heads {model.heads} is no multiple of model.kv_heads {kv_heads}": model.heads % kv_heads,
@@ -123,6 +143,4 @@ def _check(recipe: Recipe, path: Path) -> None:
         ),
         "schedule.decay_steps is for wsd only": schedule.kind == "cosine" and schedule.decay_steps,
     }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            raise ConfigurationError(f"the recipe {path} cannot be used: {message}")
+    refuse(path, wrong)

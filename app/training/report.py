@@ -17,6 +17,7 @@ _PLOTS = (
     ("Learning rate", ("learning_rate",)),
     ("Norm of the gradient", ("grad_norm",)),
     ("Tokens a second", ("tokens_per_second",)),
+    ("Share of exact answers", ("exact_answers",)),
 )
 _LOGARITHMIC = frozenset(["heldout_perplexity", "grad_norm"])
 _COLOURS = ("#2563a8", "#c2410c")
@@ -62,10 +63,10 @@ def _summary(records: Sequence[Record]) -> str:
     if not steps or not heldout:
         return "No step was logged yet."
     last, best = steps[-1], heldout[-1]
+    bits = f", {best['heldout_bits_per_byte']} bits a byte" if "heldout_bits_per_byte" in best else ""
     return (
         f"{last['step']} steps in {float(str(last['seconds'])) / 60:.1f} minutes. Loss {last['loss']}, held out "
-        f"{best['heldout_loss']} (perplexity {best['heldout_perplexity']}, "
-        f"{best['heldout_bits_per_byte']} bits a byte)."
+        f"{best['heldout_loss']} (perplexity {best['heldout_perplexity']}{bits})."
     )
 
 

@@ -69,6 +69,10 @@ class Run:
         """Seconds of training, over all processes of the run."""
         return self.seconds + time.monotonic() - self.started
 
+    def stop(self) -> None:
+        """End after the step at hand."""
+        self.is_stopping = True
+
     def describe(self) -> str:
         """One line: what is trained on what."""
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -120,7 +124,7 @@ def open_run(recipe: Recipe, *, workers: Workers = ALONE) -> Run:
         forward=_compiled(model) if recipe.train.compile else model,
         optimizer=optimizer,
         workers=workers,
-        dtype=choose_dtype(recipe.train, device),
+        dtype=choose_dtype(recipe.train.dtype, device),
         rows=rows,
         heldout=heldout,
         metrics=MetricsFile(folder / "metrics.jsonl" if workers.is_first else Path(os.devnull), resumed_step=step),

@@ -35,7 +35,7 @@ _TRAIN = TrainTable(steps=1, rows_per_step=_ROWS, schedule=ScheduleTable(kind="c
 def main() -> None:
     """Measure and print."""
     torch.set_num_threads(1)
-    dtype = choose_dtype(_TRAIN, _CPU)
+    dtype = choose_dtype(_TRAIN.dtype, _CPU)
     peak = _gemm_peak(dtype)
     answer(f"peak {peak / 1e9:.0f} GFLOP/s, {str(dtype).removeprefix('torch.')}, one thread")
     for name, table in _SIZES.items():
