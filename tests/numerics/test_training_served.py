@@ -5,6 +5,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import dedent
+from typing import Any
 
 import httpx
 import numpy as np
@@ -77,6 +79,60 @@ def test_served_log_likelihoods_are_those_of_training(root: Path, url: str) -> N
     served = answer["choices"][0]["logprobs"]["token_logprobs"]
     assert served[0] is None
     assert served[1:] == pytest.approx(trained_logprobs(root, document).tolist(), abs=1e-3)
+
+
+def test_a_model_measures_the_same_in_process_and_served(root: Path, url: str) -> None:
+    """Perplexity, a log-likelihood task and an exact-match task, in the harness's format."""
+    tasks = write_harness_tasks(root / "tasks")
+    held_out = sorted((root / "corpus").iterdir())[:6]
+    reports: list[dict[str, Any]] = []
+    wheres: tuple[list[str], ...] = ([], ["--url", url])
+    for where in wheres:
+        out = root / f"report{len(reports)}.json"
+        model = str(root / "recipe-run" / "model")
+        flags = ["--text", *map(str, held_out), "--tasks", str(tasks), "--threads", "1", "--out", str(out)]
+        printed = headwater("evaluate", model, *flags, *where)
+        reports.append(json.loads(out.read_text()))
+        assert "bits a byte" in printed and "endings: acc" in printed and "names: exact_match" in printed
+    local, served = reports
+    assert local["where"] == "in process" and served["where"] == url
+    for name in ("num_documents", "num_tokens", "num_bytes"):
+        assert local["text"][name] == served["text"][name] > 0
+    assert served["text"]["loss"] == pytest.approx(local["text"]["loss"], abs=1e-4)
+    assert served["text"]["perplexity"] < 20
+    assert served["tasks"] == local["tasks"]
+    assert local["tasks"]["endings"]["acc"] >= 0.75, "it has learnt which words end a sentence"
+    assert local["tasks"]["names"]["exact_match"] == 1
+
+
+def write_harness_tasks(folder: Path) -> Path:
+    """A choice between a word of the stories and one that is none, and a word that follows for certain."""
+    folder.mkdir()
+    task = dedent(
+        """\
+        task: {name}
+        dataset_path: json
+        dataset_kwargs:
+          data_files:
+            test: {folder}/{name}.jsonl
+        test_split: test
+        output_type: {kind}
+        doc_to_text: "{{{{question}}}}"
+        doc_to_target: "{{{{answer}}}}"
+        """
+    )
+    choice = 'doc_to_choice: "{{choices}}"\nmetric_list:\n  - metric: acc\n'
+    match = 'generation_kwargs:\n  until: ["."]\n  max_gen_toks: 6\nmetric_list:\n  - metric: exact_match\n'
+    (folder / "endings.yaml").write_text(task.format(name="endings", folder=folder, kind="multiple_choice") + choice)
+    (folder / "names.yaml").write_text(task.format(name="names", folder=folder, kind="generate_until") + match)
+    endings = [
+        {"question": f"The river {verb} the stones", "choices": ["before noon", "above moon"], "answer": 0}
+        for verb in ("carried", "followed", "left", "crossed")
+    ]
+    (folder / "endings.jsonl").write_text("".join(json.dumps(one) + "\n" for one in endings))
+    names = [{"question": "The rain left the road to town for the third", "answer": " time"}]
+    (folder / "names.jsonl").write_text("".join(json.dumps(one) + "\n" for one in names))
+    return folder
 
 
 def trained_logprobs(root: Path, document: np.ndarray) -> torch.Tensor:
