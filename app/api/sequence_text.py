@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from app.api.schemas.generation import GenerationRequest
 from app.api.translate import PreparedSequence
-from app.core.errors import EngineFailed, EngineUnavailable
+from app.core.errors import EngineFailed, EngineUnavailable, InvalidRequest
 from app.core.types import EngineOutput, FinishReason, TokenLogprobs
 from app.text.detokenizer import Detokenizer
 from app.text.reasoning import ReasoningParser, ReasoningStep
@@ -75,7 +75,7 @@ class SequenceText:
     def feed(self, output: EngineOutput) -> Delta | None:
         """The next delta, or None where the step brought nothing to show (a prefill chunk).
 
-        Raises EngineFailed or SequenceAborted where the engine gave the sequence up.
+        Raises EngineFailed, SequenceAborted, or InvalidRequest where the engine gave the sequence up.
         """
         if output.prompt_logprobs:
             self.prompt_logprobs.extend(output.prompt_logprobs)
@@ -83,6 +83,9 @@ class SequenceText:
         if reason is None and not output.token_ids:
             return None
         if reason is FinishReason.ERROR:
+            if output.is_request_fault:
+                why = output.error or "the output cannot go on"
+                raise InvalidRequest(f"{why[:1].upper()}{why[1:]}.", code="output_impossible")
             raise EngineFailed(output.error or "The engine failed this request.")
         if reason is FinishReason.ABORT:
             raise SequenceAborted("The server is stopping and ended this request.")

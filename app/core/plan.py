@@ -80,6 +80,8 @@ class RowResult(msgspec.Struct, frozen=True):
     """The grammar allows nothing after these tokens, of which there may be none: the sequence ends with `stop`."""
     error: str | None = None
     """The row failed (logits not finite, say): the sequence ends with this message, others go on."""
+    is_request_fault: bool = False
+    """With an error: the request's own parameters brought it about."""
 
 
 class StepResult(msgspec.Struct, frozen=True):

@@ -135,6 +135,8 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
     """In the sequence's first output: how long it waited before a step first took it; None where unknown."""
     was_handed_over: bool = False
     """Set by the client in the first output after the sequence went to another engine, never by engines."""
+    is_request_fault: bool = False
+    """With finish reason `error`: the request's own parameters brought it about, and would again."""
 
 
 class StepStats(msgspec.Struct, frozen=True, array_like=True):

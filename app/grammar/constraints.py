@@ -252,5 +252,5 @@ def _follow(state: "MatchState", row: RowResult) -> RowResult:
 
 def _conclude(state: "MatchState", row: RowResult) -> RowResult:
     if state.error is not None:
-        return RowResult(row.row, error=state.error)
+        return RowResult(row.row, error=state.error, is_request_fault=state.is_request_fault)
     return msgspec.structs.replace(row, is_end=True) if state.is_end else row

@@ -49,6 +49,8 @@ class MatchState:
         """Nothing may follow what is there."""
         self.error: str | None = None
         """Why the sequence cannot go on."""
+        self.is_request_fault = False
+        """With an error: the grammar itself brought it about."""
 
     @property
     def goes_on(self) -> bool:
@@ -96,6 +98,7 @@ class MatchState:
         if self.matcher.is_error():
             reason = safe_message(self.matcher.get_error())
             self.error = f"the output cannot go on within the grammar's limits: {reason}"
+            self.is_request_fault = True
         return self.error is not None
 
 

@@ -140,7 +140,9 @@ class ScriptedRunner:
                 return RowResult(entry.row, error=f"the script fails on token {row.trigger}")
         token_id = self._draw(row, num_output, mask)
         if token_id is None:
-            return RowResult(entry.row, error="the mask and min_tokens together leave no token to draw")
+            return RowResult(
+                entry.row, error="the mask and min_tokens together leave no token to draw", is_request_fault=True
+            )
         k = row.params.num_logprobs
         logprobs = () if k is None else (self._logprobs(token_id, k),)
         return RowResult(entry.row, token_ids=(token_id,), logprobs=logprobs, prompt_logprobs=prompt_logprobs)

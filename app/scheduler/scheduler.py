@@ -337,7 +337,7 @@ class Scheduler:
     def _apply_row(self, sequence: Sequence, entry: PlanEntry, row: RowResult) -> EngineOutput | None:
         """Advance a sequence by what the step brought, and say it where the client should know."""
         if row.error is not None:
-            return _failure(sequence, row.error)
+            return _failure(sequence, row.error, is_request_fault=row.is_request_fault)
         if bool(row.token_ids) != entry.sample and not (row.is_end and entry.sample):
             message = f"the runner drew {len(row.token_ids)} tokens where {int(entry.sample)} or more were asked for"
             return _failure(sequence, message)
@@ -420,11 +420,12 @@ class Scheduler:
         return self._probation if sequence.is_on_probation else self._queue
 
 
-def _failure(sequence: Sequence, message: str) -> EngineOutput:
+def _failure(sequence: Sequence, message: str, *, is_request_fault: bool = False) -> EngineOutput:
     return EngineOutput(
         sequence.request_id,
         finish_reason=FinishReason.ERROR,
         num_cached_tokens=sequence.num_cached_tokens,
         error=message,
         queue_seconds=sequence.take_queue_seconds(),
+        is_request_fault=is_request_fault,
     )

@@ -245,3 +245,12 @@ def test_openais_responses_with_the_default_model(server: Server) -> None:
     (item,) = call.output
     assert item.type == "function_call"
     jsonschema.validate(json.loads(item.arguments), MOVE)
+
+
+def test_parameters_that_leave_no_token_are_the_requests_fault(server: Server) -> None:
+    body = {"prompt": "x", "structured_outputs": {"choice": ["yes", "no"]}, "allowed_token_ids": [5]}
+    refused = server.http.post("/v1/completions", json=body)
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "output_impossible"
+    assert "leave no token to draw" in refused.json()["error"]["message"]
+    streamed = server.http.post("/v1/completions", json=body | {"stream": True})
+    assert streamed.status_code == 400, "nothing was sent yet"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from app.api.schemas.completions import CompletionRequest
 from app.api.sequence_text import Delta, SequenceText
 from app.api.translate import PreparedPrompt, PreparedSequence
-from app.core.errors import EngineFailed, EngineUnavailable
+from app.core.errors import EngineFailed, EngineUnavailable, InvalidRequest
 from app.core.types import EngineOutput, EngineRequest, FinishReason, SamplingParams
 from tests.text_tokenizers import byte_level
 
@@ -93,6 +93,12 @@ def test_a_held_start_of_a_stop_string_is_released_at_the_end() -> None:
 def test_what_the_engine_gave_up_is_raised(reason: FinishReason, error: type[Exception]) -> None:
     with pytest.raises(error):
         make(CompletionRequest(prompt="x")).feed(EngineOutput("r", finish_reason=reason, error="why."))
+
+
+def test_what_the_requests_own_parameters_brought_about_is_its_fault() -> None:
+    output = EngineOutput("r", finish_reason=FinishReason.ERROR, error="nothing is left", is_request_fault=True)
+    with pytest.raises(InvalidRequest, match=r"^Nothing is left\.$"):
+        make(CompletionRequest(prompt="x")).feed(output)
 
 
 def test_the_token_that_ends_a_grammar_is_text() -> None:

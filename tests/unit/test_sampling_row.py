@@ -122,8 +122,9 @@ def test_logits_that_are_not_finite_fail_the_row(bad: float) -> None:
 def test_nothing_left_to_draw_fails_the_row() -> None:
     for temperature in (0.0, 1.0):
         row = sampler(temperature=temperature, allowed_token_ids=(0, 4), bad_words=((4,),), min_tokens=3)
-        with pytest.raises(RowError, match="no token to draw"):
+        with pytest.raises(RowError, match="no token to draw") as left:
             row.sample_row(logits(), 3)
+        assert left.value.is_request_fault
 
 
 @pytest.mark.parametrize(

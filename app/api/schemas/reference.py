@@ -90,7 +90,8 @@ _FORMS = """\
 An answer that finishes with "stop" and no `stop_reason` has the form. One that finishes with "length", or by `stop`
 or `stop_token_ids` (`stop_reason` says which), is cut. Tokens of `stop_token_ids` can be drawn only where the form
 allows their text. `ignore_eos` ends the output where the form allows nothing more, not where it may end. What cannot
-be compiled within the limits is a 400.
+be compiled within the limits is a 400. So are parameters that together leave no token to draw (`output_impossible`);
+where that shows in the middle of a stream, it is the stream's last event.
 """
 
 _COMPLETION_NOTES = f"""\

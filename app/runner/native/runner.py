@@ -202,7 +202,7 @@ class NativeRunner:
                 return RowResult(row=entry.row, prompt_logprobs=scored)
             token_id, logprobs = self._draw(index, entry, forward, mask, drawn)
         except RowError as error:
-            return RowResult(row=entry.row, error=str(error))
+            return RowResult(row=entry.row, error=str(error), is_request_fault=error.is_request_fault)
         return RowResult(
             row=entry.row,
             token_ids=(token_id,),

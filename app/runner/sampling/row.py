@@ -13,7 +13,7 @@ from app.core.plan import RowStart
 from app.core.types import SamplingParams, TokenLogprobs
 from app.runner.sampling.changes import NO_CHANGES, LogitChanges
 from app.runner.sampling.draw import draw, is_greedy
-from app.runner.sampling.errors import RowError
+from app.runner.sampling.errors import NoTokenLeft, RowError
 from app.runner.sampling.logprobs import token_logprobs
 from app.runner.sampling.masks import NO_IDS, RowMasks, allowed_by
 from app.runner.sampling.penalties import TokenCounts
@@ -89,7 +89,7 @@ class RowSampler:
         if not math.isfinite(largest_raw):
             raise RowError(f"the model's logits are not finite (largest {largest_raw}); the sequence cannot go on")
         if not math.isfinite(largest_changed):
-            raise RowError(
+            raise NoTokenLeft(
                 "allowed_token_ids, bad_words, logit_bias, min_tokens and the grammar together leave no token to draw"
             )
 

@@ -87,7 +87,7 @@ class TorchRunner:
 
     def _result(self, entry: PlanEntry, forward: StepLogits, span: slice, drawn: Drawn | None) -> RowResult:
         if drawn is not None and drawn.error is not None:
-            return RowResult(entry.row, error=drawn.error)
+            return RowResult(entry.row, error=drawn.error, is_request_fault=drawn.is_request_fault)
         try:
             prompt_logprobs = self._score(entry, forward, span.start)
         except RowError as error:
@@ -119,5 +119,5 @@ def _draw_in_numpy(logits: NDArray[np.float32], requests: list[DrawRequest]) -> 
         try:
             drawn.append(Drawn(*request.sampler.sample_row(row, request.position, mask=request.mask)))
         except RowError as error:
-            drawn.append(Drawn(error=str(error)))
+            drawn.append(Drawn(error=str(error), is_request_fault=error.is_request_fault))
     return drawn

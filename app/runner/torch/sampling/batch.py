@@ -37,6 +37,7 @@ class Drawn:
     token_id: int = -1
     logprobs: TokenLogprobs | None = None
     error: str | None = None
+    is_request_fault: bool = False
 
 
 def draw_batch(logits: torch.Tensor, requests: Sequence[DrawRequest]) -> list[Drawn]:
@@ -68,7 +69,7 @@ def _conclude(
     try:
         sampler.check(largest_raw, largest_changed)
     except RowError as error:
-        return Drawn(error=str(error))
+        return Drawn(error=str(error), is_request_fault=error.is_request_fault)
     sampler.observe(token_id)
     return Drawn(token_id, logprobs)
 
