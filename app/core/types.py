@@ -157,6 +157,8 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     """Blocks in use that several sequences hold."""
     num_kv_blocks_cached: int = 0
     """Blocks not in use whose contents a prefix can still find."""
+    prefill_rows: tuple[int, ...] = ()
+    """Tokens of each row of the step that computed a part of its prompt; the other rows decoded one each."""
 
 
 class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,8 +2,9 @@
 
 import msgspec
 
-StepRow = tuple[int, float, int, float, int, int, int, int, int, int, int]
-"""number, at, generation, seconds, prefill, decode, cached, running, waiting, blocks used, blocks shared."""
+StepRow = tuple[int, float, int, float, int, int, int, int, int, int, int, tuple[int, ...]]
+"""number, at, generation, seconds, prefill, decode, cached, running, waiting, blocks used, blocks shared, tokens of
+each row that prefilled."""
 
 
 class Latency(msgspec.Struct, frozen=True):
