@@ -55,7 +55,7 @@ EXPOSE 8000
 USER 10001:10001
 WORKDIR /models
 STOPSIGNAL SIGTERM
-# Live, not ready. Nothing answers while a first start fetches the model: that may take the start period. With TLS the
+# Live, not ready. It answers while a first start fetches the model. With TLS the
 # certificate is made out to another name than 127.0.0.1, so it is not looked at.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=15m --retries=3 \
     CMD ["python", "-c", "import os, ssl, urllib.request; tls = 'HEADWATER_SSL_CERTFILE' in os.environ; context = ssl.create_default_context(); context.check_hostname = False; context.verify_mode = ssl.CERT_NONE; urllib.request.urlopen(('https' if tls else 'http') + '://127.0.0.1:' + os.environ.get('HEADWATER_PORT', '8000') + '/health', timeout=2, context=context)"]

@@ -1,8 +1,10 @@
 """`headwater serve` and `headwater check`: the life of a server, from the first fork to the exit code.
 
-The engine is started before FastAPI is imported, so that both load side by side. The first SIGTERM or
-SIGINT drains: new requests are refused with 503, live ones get `--drain-timeout` seconds, then
-everything ends. The second ends it at once.
+The engine is started before FastAPI is imported, so that both load side by side. A model that must be fetched or
+converted first keeps nobody waiting: `/health` and `/ready` answer meanwhile. The first SIGTERM or SIGINT drains:
+`/ready` says so at once; after a SIGTERM requests are still served for `--drain-grace` seconds, in which load
+balancers look elsewhere; then new ones are refused with 503, live ones get `--drain-timeout` seconds, and
+everything ends. The second signal ends it at once.
 """
 
 import asyncio
@@ -24,14 +26,14 @@ from app.core.errors import ConfigurationError, EngineUnavailable
 from app.core.types import EngineLimits
 from app.observability.logging import configure_logging
 from app.settings import API_KEY_VARIABLE, Settings, split_address
-from app.store import ModelFolder
+from app.store import ModelFolder, Resolution
 from app.weights import find_model
 
 if TYPE_CHECKING:
     import uvicorn
-    from fastapi import FastAPI
 
     from app.api.connections import ConnectionRoom
+    from app.api.starting import StartingApp
     from app.client.local import LocalEngineClient
 
 logger = logging.getLogger("headwater.serve")
@@ -39,6 +41,9 @@ logger = logging.getLogger("headwater.serve")
 EXIT_OK = 0
 EXIT_ENGINE_FAILED = 1
 LISTEN_BACKLOG = 2048
+AT_ONCE_SECONDS = 0.5
+"""So long the start waits for a model that is on this machine already, to let its engine load first."""
+PUBLIC_GRACE_SECONDS = 5.0
 CLOSE_SECONDS = 5
 """How long connections may take to close once their requests have ended."""
 
@@ -49,16 +54,19 @@ def serve(settings: Settings) -> int:
     listeners = [_listen(settings.host, settings.port)]
     if settings.metrics_listen is not None:
         listeners.append(_listen(*split_address(settings.metrics_listen), advice="another --metrics-listen"))
-    start = _start_engine(settings)
+    configure_logging(level=settings.log_level, form=settings.log_format)
+    search = Resolution(lambda report: find_model(settings, report=report), name=settings.model, report=remark)
+    start = _start_engine(settings, search.folder.result()) if search.wait(AT_ONCE_SECONDS) else None
     import uvloop  # from here on the engine loads; what only the API needs is imported meanwhile
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(settings, start, listeners))
+        return runner.run(_serve(settings, listeners, search, start))
 
 
 def check(settings: Settings) -> int:
     """Load the model as `serve` would, print what was decided, and end. Raises ConfigurationError."""
-    return asyncio.run(_check(settings, _start_engine(settings)))
+    configure_logging(level=settings.log_level, form=settings.log_format)
+    return asyncio.run(_check(settings, _start_engine(settings, find_model(settings))))
 
 
 class _Start(NamedTuple):
@@ -70,9 +78,8 @@ class _Start(NamedTuple):
     engine: EngineProcess
 
 
-def _start_engine(settings: Settings) -> _Start:
-    configure_logging(level=settings.log_level, form=settings.log_format)
-    folder = find_model(settings)
+def _start_engine(settings: Settings, folder: ModelFolder) -> _Start:
+    """Call it in the thread that lives longest: the engine ends with it."""
     config = settings.to_engine_config(str(folder.path), folder.eos_token_ids)
     launch = EngineLaunch(log_level=settings.log_level, log_format=settings.log_format)
     return _Start(folder, config, launch, EngineProcess.spawn(1, config, launch=launch))
@@ -104,50 +111,95 @@ async def _check(settings: Settings, start: _Start) -> int:
     return EXIT_OK
 
 
-async def _serve(settings: Settings, start: _Start, listeners: list[socket.socket]) -> int:
-    from app import main
-    from app.api.app import create_app, create_metrics_app
+async def _serve(settings: Settings, listeners: list[socket.socket], search: Resolution, start: _Start | None) -> int:
     from app.api.connections import ConnectionRoom, raise_descriptor_limit
+    from app.api.starting import StartingApp
 
-    metrics = main.make_metrics(settings, start.folder)
-    client = main.make_engine_client(settings, start.config, launch=start.launch, metrics=metrics, first=start.engine)
-    context = main.make_context(
-        settings, start.folder, metrics=metrics, engine=client, runs_engine=False, listens_on=settings.host
-    )
-    room = ConnectionRoom(raise_descriptor_limit(), metrics=metrics)
-    apps = [create_app(context, root_path=settings.root_path)]
-    for listener in listeners[1:]:
-        hosts = main.allowed_hosts(listener.getsockname()[0], context.keys or context.metrics_keys)
-        apps.append(create_metrics_app(context, allowed_hosts=hosts))
-    servers = [_make_server(app, settings, room=room) for app in apps]
-
-    def describe(limits: EngineLimits) -> str:
-        return banner(
-            start.folder,
-            limits,
-            urls=[
-                _url(listener, scheme="http" if settings.ssl_certfile is None else "https") for listener in listeners
-            ],
-            model_name=context.model_names[0],
-            needs_key=context.keys is not None,
-        )
-
-    with _signals() as (drain, end):
-        await client.start()
+    room = ConnectionRoom(raise_descriptor_limit())
+    fronts = [StartingApp(lambda: search.detail, root_path=settings.root_path) for _ in listeners]
+    servers = [_make_server(front, settings, room=room) for front in fronts]
+    with _signals() as signals:
         pairs = zip(servers, listeners, strict=True)
         serving = [asyncio.create_task(server.serve(sockets=[listener])) for server, listener in pairs]
         try:
-            announcing = _announce(client, describe, timeout=settings.load_timeout)
-            if not await _live(client, announcing=announcing, drain=drain):
-                logger.error("no engine can be kept alive: %s", client.status.detail)
-                return EXIT_ENGINE_FAILED
-            await _drain(client, settings.drain_timeout, end=end)
-            return EXIT_OK
+            if start is None:
+                folder = await _found(search, signals)
+                if folder is None:
+                    logger.info("ended by a signal while the model was prepared")
+                    return EXIT_OK
+                start = _start_engine(settings, folder)
+            return await _run(settings, start, listeners, signals=signals, fronts=fronts, room=room)
         finally:
-            await client.stop()
             for server in servers:
                 server.should_exit = True
             await asyncio.gather(*serving)
+
+
+async def _found(search: Resolution, signals: "_Signals") -> ModelFolder | None:
+    """The model's folder, or None where a signal came first. Raises what `resolve` raises."""
+    finding = asyncio.wrap_future(search.folder)
+    draining = asyncio.create_task(signals.drain.wait())
+    waiting: set[asyncio.Future[Any]] = {finding, draining}
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    draining.cancel()
+    if finding.done():
+        return finding.result()
+    search.give_up()
+    return None
+
+
+async def _run(
+    settings: Settings,
+    start: _Start,
+    listeners: list[socket.socket],
+    *,
+    signals: "_Signals",
+    fronts: list["StartingApp"],
+    room: "ConnectionRoom",
+) -> int:
+    """From the first engine's start to the exit code. Raises ConfigurationError."""
+    from app import main
+    from app.api.app import create_app, create_metrics_app
+
+    metrics = main.make_metrics(settings, start.folder)
+    client = main.make_engine_client(settings, start.config, launch=start.launch, metrics=metrics, first=start.engine)
+    try:
+        await client.start()
+        room.count_with(metrics)
+        context = await asyncio.to_thread(
+            main.make_context,
+            settings,
+            start.folder,
+            metrics=metrics,
+            engine=client,
+            runs_engine=False,
+            listens_on=settings.host,
+        )
+        fronts[0].app = create_app(context, root_path=settings.root_path)
+        for front, listener in zip(fronts[1:], listeners[1:], strict=True):
+            hosts = main.allowed_hosts(listener.getsockname()[0], context.keys or context.metrics_keys)
+            front.app = create_metrics_app(context, allowed_hosts=hosts)
+
+        def describe(limits: EngineLimits) -> str:
+            return banner(
+                start.folder,
+                limits,
+                urls=[
+                    _url(listener, scheme="http" if settings.ssl_certfile is None else "https")
+                    for listener in listeners
+                ],
+                model_name=context.model_names[0],
+                needs_key=context.keys is not None,
+            )
+
+        announcing = _announce(client, describe, timeout=settings.load_timeout)
+        if not await _live(client, announcing=announcing, drain=signals.drain):
+            logger.error("no engine can be kept alive: %s", client.status.detail)
+            return EXIT_ENGINE_FAILED
+        await _drain(client, settings, signals)
+        return EXIT_OK
+    finally:
+        await client.stop()
 
 
 async def _live(client: "LocalEngineClient", *, announcing: Awaitable[None], drain: asyncio.Event) -> bool:
@@ -161,6 +213,8 @@ async def _live(client: "LocalEngineClient", *, announcing: Awaitable[None], dra
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if announcement in done:
                 announcement.result()
+        if not draining.done():
+            await announcement  # both may come at once, and it knows of a mistake
         return draining.done()
     finally:
         for task in (draining, failing, announcement):
@@ -173,13 +227,28 @@ async def _announce(client: "LocalEngineClient", describe: Callable[[EngineLimit
         remark(describe(await client.wait_ready(timeout)))
 
 
-async def _drain(client: "LocalEngineClient", timeout: float, *, end: asyncio.Event) -> None:
-    logger.info("draining: live requests get %.0f s; a second signal ends them", timeout)
-    draining = asyncio.create_task(client.drain(timeout))
-    ending = asyncio.create_task(end.wait())
+async def _drain(client: "LocalEngineClient", settings: Settings, signals: "_Signals") -> None:
+    grace = _grace(settings) if signals.is_terminated else 0.0
+    client.leave()
+    facts = "not ready any more: new requests for %.0f s, live ones for %.0f s more; a second signal ends them"
+    logger.info(facts, grace, settings.drain_timeout)
+    draining = asyncio.create_task(_let_finish(client, grace=grace, timeout=settings.drain_timeout))
+    ending = asyncio.create_task(signals.end.wait())
     await asyncio.wait({draining, ending}, return_when=asyncio.FIRST_COMPLETED)
     for task in (draining, ending):
         task.cancel()
+
+
+async def _let_finish(client: "LocalEngineClient", *, grace: float, timeout: float) -> None:
+    await asyncio.sleep(grace)
+    await client.drain(timeout)
+
+
+def _grace(settings: Settings) -> float:
+    """Load balancers find out from /ready; nobody balances what only this machine reaches."""
+    if settings.drain_grace is not None:
+        return settings.drain_grace
+    return 0.0 if _is_loopback(settings.host) else PUBLIC_GRACE_SECONDS
 
 
 def _check_exposure(settings: Settings) -> None:
@@ -210,7 +279,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _make_server(app: "FastAPI", settings: Settings, *, room: "ConnectionRoom") -> "uvicorn.Server":
+def _make_server(app: "StartingApp", settings: Settings, *, room: "ConnectionRoom") -> "uvicorn.Server":
     import uvicorn
 
     from app.api.protocol import BoundedHttpProtocol
@@ -229,6 +298,7 @@ def _make_server(app: "FastAPI", settings: Settings, *, room: "ConnectionRoom") 
 
     config = uvicorn.Config(
         app,
+        interface="asgi3",
         http=Protocol,
         lifespan="off",
         log_config=None,
@@ -242,22 +312,35 @@ def _make_server(app: "FastAPI", settings: Settings, *, room: "ConnectionRoom") 
     return Server(config)
 
 
+class _Signals:
+    """SIGTERM and SIGINT, as they came."""
+
+    def __init__(self) -> None:
+        self.drain = asyncio.Event()
+        """Set by the first one."""
+        self.end = asyncio.Event()
+        """Set by the second one."""
+        self.is_terminated = False
+        """The first one was a SIGTERM: a machine's wish, not a person's at the keyboard."""
+
+    def note(self, number: int) -> None:
+        """One came."""
+        if self.drain.is_set():
+            self.end.set()
+        else:
+            self.is_terminated = number == signal.SIGTERM
+            self.drain.set()
+
+
 @contextmanager
-def _signals() -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
-    """Events of the first and the second SIGTERM or SIGINT."""
+def _signals() -> Iterator[_Signals]:
     loop = asyncio.get_running_loop()
-    drain, end = asyncio.Event(), asyncio.Event()
-
-    def on_signal() -> None:
-        if drain.is_set():
-            end.set()
-        drain.set()
-
+    signals = _Signals()
     numbers = (signal.SIGTERM, signal.SIGINT)
     for number in numbers:
-        loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, signals.note, number)
     try:
-        yield drain, end
+        yield signals
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)

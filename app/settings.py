@@ -140,6 +140,12 @@ class Settings(BaseSettings):
     resume_window: float = Field(
         60.0, ge=0, le=3600, description="seconds that a resumable stream is kept after its connection ended; 0 is off"
     )
+    drain_grace: float | None = Field(
+        None,
+        ge=0,
+        description="seconds after SIGTERM in which new requests are still served while /ready says draining; "
+        "default 5, on loopback 0",
+    )
     load_timeout: float = Field(600.0, gt=0, description="seconds an engine may take to load before it is replaced")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON lines")

@@ -31,11 +31,15 @@ class Connection(Protocol):
 class ConnectionRoom:
     """The open connections of one server."""
 
-    def __init__(self, most: int, *, metrics: Metrics) -> None:
+    def __init__(self, most: int, *, metrics: Metrics | None = None) -> None:
         self._most = most
         self._metrics = metrics
         self._idle: dict[Connection, None] = {}
         self._num_open = 0
+
+    def count_with(self, metrics: Metrics) -> None:
+        """Count in these from now on: the server listens before it knows what it serves."""
+        self._metrics = metrics
 
     def opened(self, connection: Connection) -> None:
         """A client connected; it is idle. Closes one connection where there are too many."""
@@ -62,7 +66,8 @@ class ConnectionRoom:
 
     def note_cut(self, reason: str, **facts: object) -> None:
         """This side closed a connection for what its client does, or does not."""
-        self._metrics.count_cut(reason)
+        if self._metrics is not None:
+            self._metrics.count_cut(reason)
         _logger.warning("closed a connection", extra={"facts": {"reason": reason, **facts}})
 
 

@@ -86,6 +86,7 @@ class LocalEngineClient:
         self._limits: EngineLimits | None = None
         self._last_step: StepStats | None = None
         self._is_draining = False
+        self._is_leaving = False
         self._awaits_ready = False
         """An engine serves, or is replaced at once: new sequences may count on it."""
         self._mistake: ConfigurationError | None = None
@@ -99,7 +100,7 @@ class LocalEngineClient:
     def status(self) -> EngineStatus:
         """Where things stand now."""
         state = self._state
-        if self._is_draining and state is not EngineState.FAILED:
+        if (self._is_draining or self._is_leaving) and state is not EngineState.FAILED:
             state = EngineState.DRAINING
         life = self._life
         return EngineStatus(
@@ -162,6 +163,10 @@ class LocalEngineClient:
     async def wait_failed(self) -> None:
         """Wait until no engine will be started any more (state FAILED); `status.detail` says why."""
         await self._failed.wait()
+
+    def leave(self) -> None:
+        """Say `draining` from now on, and take new sequences all the same until `drain`."""
+        self._is_leaving = True
 
     async def drain(self, timeout: float) -> None:
         """Refuse new sequences and wait until the live ones have finished or `timeout` seconds passed."""

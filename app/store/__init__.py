@@ -4,6 +4,7 @@ Importing this package costs nothing: gguf, tokenizers, numpy and httpx are impo
 fetched or converted, torch and transformers never.
 """
 
+from app.store.background import Resolution
 from app.store.catalog import CatalogEntry, catalogue, default_model
 from app.store.folder import GenerationDefaults, ModelFolder
 from app.store.resolve import GgufForm, ModelListing, list_models, pull, resolve
@@ -14,6 +15,7 @@ __all__ = [
     "GgufForm",
     "ModelFolder",
     "ModelListing",
+    "Resolution",
     "catalogue",
     "default_model",
     "list_models",

@@ -1,7 +1,8 @@
 """Owns the loaded tokenizer.json: text → ids in a thread, ids → text, facts for admission.
 
 Invariants: truncation and padding written in the file never apply; encoding many or long texts never
-holds the GIL; a text that is not valid Unicode never reaches the library.
+holds the GIL, and of many large ones one is encoded at a time; a text that is not valid Unicode never
+reaches the library.
 """
 
 import asyncio
@@ -12,9 +13,12 @@ import tokenizers
 
 from app.core.errors import ConfigurationError, InvalidRequest
 from app.text.detokenizer import Detokenizer
+from app.text.heap import trim
 from app.text.model_files import read_special_tokens
 from app.text.shrink import may_shrink
 from app.text.vocabulary import DecoderKind, Vocabulary
+
+LARGE_CHARS = 256 * 1024
 
 
 class Tokenizer:
@@ -24,6 +28,7 @@ class Tokenizer:
         library.no_truncation()
         library.no_padding()
         self._library = library
+        self._large = asyncio.Lock()
         self.special_tokens = special_tokens
         """Role → content, as in {"eos_token": "</s>"}."""
         self.vocabulary = Vocabulary.of(library)
@@ -49,7 +54,10 @@ class Tokenizer:
     async def encode(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """The ids of each text; raises `InvalidRequest` for a text with a lone surrogate."""
         _refuse_surrogates(texts)
-        return await asyncio.to_thread(self._encode_batch, texts, add_special_tokens)
+        if sum(map(len, texts)) < LARGE_CHARS:
+            return await asyncio.to_thread(self._encode_batch, texts, add_special_tokens)
+        # Whoever waits for it may leave, but the next one does not begin before its thread is done.
+        return await asyncio.shield(asyncio.create_task(self._encode_large(texts, add_special_tokens)))
 
     def encode_now(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """`encode` for short texts outside the event loop; raises the same."""
@@ -97,6 +105,14 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether this id is a control token, shown only on request."""
         return token_id in self.vocabulary.special_ids
+
+    async def _encode_large(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """One at a time: the library takes some 200 times a text's size, and its threads keep what they had."""
+        async with self._large:
+            try:
+                return await asyncio.to_thread(self._encode_batch, texts, add_special_tokens)
+            finally:
+                await asyncio.to_thread(trim)
 
     def _encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         # Unlike `encode`, the batch call releases the GIL; "fast" skips the offsets, which nobody reads.

@@ -167,3 +167,64 @@ def test_check_says_what_would_be_served_and_ends(tmp_path: Path) -> None:
     text = log.read_text()
     for label in ("model", "weights", "tier", "exact rows", "KV cache", "room for"):
         assert label in text
+
+
+async def test_a_grace_serves_new_requests_while_ready_says_draining(tmp_path: Path) -> None:
+    with serving(tmp_path / "log", "--drain-grace", "60") as (process, url):
+        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+            process.send_signal(signal.SIGTERM)
+            while (ready := await client.get("/ready")).status_code == 200:
+                pass
+            assert ready.json()["state"] == "draining" and "retry-after" in ready.headers
+            assert (await client.get("/health")).status_code == 200
+            answer = await client.post("/v1/completions", json=request(stream=False, max_tokens=2))
+            assert answer.json()["usage"]["completion_tokens"] == 2
+            began = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+        assert (await asyncio.to_thread(process.wait, EXIT_SECONDS)) == 0
+        assert time.monotonic() - began < EXIT_SECONDS  # the second signal cut the minute short
+
+
+async def first_answer(client: httpx.AsyncClient) -> httpx.Response | None:
+    """None while the port is not open yet."""
+    try:
+        return await client.get("/health")
+    except httpx.ConnectError:
+        return None
+
+
+@contextmanager
+def silent_hub() -> Iterator[str]:
+    """A hub that takes connections and says nothing: a model is looked for without end."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+async def test_probes_are_answered_while_the_model_is_fetched(tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    with silent_hub() as hub:
+        variables = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HEADWATER_CACHE": str(tmp_path / "cache")}
+        command = ["-m", "app.cli", "serve", "someone/some-model", "--port", str(port)]
+        with started(log, *command, **variables) as process:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+                while (health := await first_answer(client)) is None:
+                    assert process.poll() is None, log.read_text()
+                    await asyncio.sleep(0.05)
+                assert (health.status_code, health.json()) == (200, {"status": "ok"})
+                ready = await client.get("/ready")
+                assert ready.status_code == 503 and ready.json()["state"] == "starting"
+                assert "some-model" in ready.json()["detail"] and int(ready.headers["retry-after"]) >= 1
+                for path in ("/v1/chat/completions", "/v1/messages"):
+                    refused = await client.post(path, json={})
+                    assert refused.status_code == 503 and "starting" in refused.json()["error"]["message"]
+            process.send_signal(signal.SIGTERM)
+            assert (await asyncio.to_thread(process.wait, EXIT_SECONDS)) == 0, log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_model_that_cannot_be_found_ends_the_start_with_status_2(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = ["-m", "app.cli", "serve", "no-such-model", "--port", str(free_port())]
+    with started(log, *command) as process:
+        assert process.wait(EXIT_SECONDS) == 2
+    assert "no-such-model" in log.read_text() and "Traceback" not in log.read_text()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from app.serve import PUBLIC_GRACE_SECONDS
 from app.settings import ENV_PREFIX, OTHER_VARIABLES, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ def test_every_service_is_confined_and_published_here_only(name: str) -> None:
 def test_stopping_leaves_time_to_drain(name: str) -> None:
     grace = COMPOSE["services"][name]["stop_grace_period"]
     assert grace.endswith("s")
-    assert float(grace[:-1]) >= Settings.model_fields["drain_timeout"].default + 10
+    assert float(grace[:-1]) >= Settings.model_fields["drain_timeout"].default + PUBLIC_GRACE_SECONDS + 10
 
 
 @pytest.mark.parametrize("name", SERVERS)
