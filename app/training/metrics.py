@@ -8,19 +8,18 @@ Record = Mapping[str, object]
 
 
 class MetricsFile:
-    """Appends records. Each line is flushed, so that a reader sees it at once."""
+    """Appends records, unbuffered: a reader sees each line at once, and a full disk is told where it is met."""
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         kept = [record for record in read_metrics(path) if int(str(record["step"])) <= resumed_step]
         self.path = path
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("wb", buffering=0)
         for record in kept if resumed_step else []:
             self.write(record)
 
     def write(self, record: Record) -> None:
-        """Add one line."""
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Add one line. Raises OSError where it cannot be written."""
+        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
     def close(self) -> None:
         """Close the file."""

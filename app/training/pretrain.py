@@ -37,11 +37,16 @@ def pretrain(recipe: Recipe) -> Path | None:
         torch.set_num_threads(recipe.train.threads)
     with join_workers() as workers:
         run = open_run(recipe, workers=workers)
-        with run_display(steps=recipe.train.steps, done=run.step, is_shown=workers.is_first) as display:
-            display.line(run.describe())
-            with stop_signals(run.stop):
-                _train(run, display)
-        return _finish(run, display)
+        try:
+            with run_display(steps=recipe.train.steps, done=run.step, is_shown=workers.is_first) as display:
+                display.line(run.describe())
+                with stop_signals(run.stop):
+                    _train(run, display)
+            return _finish(run, display)
+        except OSError as error:
+            raise TrainingStopped(f"a file of the run cannot be written: {error}. {last_good(run)}") from error
+        finally:
+            run.metrics.close()
 
 
 def _train(run: Run, display: RunDisplay) -> None:
@@ -79,7 +84,6 @@ def _after_step(run: Run, display: RunDisplay, *, saved_step: int) -> int:
 
 
 def _finish(run: Run, display: RunDisplay) -> Path | None:
-    run.metrics.close()
     if not run.workers.is_first:
         return None
     write_report(run.folder)
@@ -88,10 +92,7 @@ def _finish(run: Run, display: RunDisplay) -> Path | None:
         return None
     target = run.folder / "model"
     dtype = torch.bfloat16 if run.recipe.run.save_dtype == "bfloat16" else torch.float32
-    try:
-        export_model(run.model, run.shards.folder, target, dtype=dtype)
-    except OSError as error:
-        raise TrainingStopped(f"the model cannot be written: {error}. {last_good(run)}") from error
+    export_model(run.model, run.shards.folder, target, dtype=dtype)
     return target
 
 

@@ -60,8 +60,9 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> tokenizers.
 
 
 def write_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path, *, chat_template: str = CHAT_TEMPLATE) -> None:
-    """Write `TOKENIZER_FILES` into a folder that exists."""
-    tokenizer.save(str(folder / "tokenizer.json"))
+    """Write `TOKENIZER_FILES` into a folder that exists. Raises OSError where that fails."""
+    # Not by its own `save`, which tells a full disk by a bare Exception.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": START,

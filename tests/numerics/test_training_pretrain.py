@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from app.cli import main
 from app.core.errors import ConfigurationError
 from app.training.checkpoint import last_checkpoint
 from app.training.errors import TrainingStopped
@@ -218,6 +220,20 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(root: Path) -> None:
     assert last_checkpoint(run.folder / "checkpoints") == good
     draft.unlink()
     open_run(toy_recipe(root, name="full")).metrics.close()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "report.html"])
+def test_a_full_disk_beside_the_checkpoints_ends_the_run_in_one_line(
+    root: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    recipe = write_recipe(root, name="full-run-folder")
+    folder = root / "full-run-folder-run"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / name).symlink_to("/dev/full")
+    assert main(["pretrain", str(recipe)]) == 1
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("headwater:"))
+    assert "No space left on device" in error and "There is no checkpoint yet" in error
 
 
 def test_sigterm_ends_a_run_with_a_checkpoint(root: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from app.core.errors import ConfigurationError
-from app.training.corpus import read_corpus
+from app.training.corpus import read_corpus, read_text
 from app.training.packing import NO_LABEL, PackedRows
 from app.training.prepare import prepare
 from app.training.shards import open_shards
@@ -46,6 +46,22 @@ def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
     with pytest.raises(ConfigurationError, match=r"gone.txt is not there"):
         read_corpus([tmp_path / "gone.txt"])
+
+
+def test_a_file_that_vanishes_while_the_corpus_is_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"gone.txt cannot be read: .*; nothing was written"):
+        read_text(tmp_path / "gone.txt")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "train.bin", "heldout.offsets.npy"])
+def test_a_full_disk_is_told_in_one_line_and_leaves_no_shards_that_look_whole(tmp_path: Path, name: str) -> None:
+    corpus, out = write_stories(tmp_path / "corpus", num_documents=4), tmp_path / "data"
+    out.mkdir()
+    (out / name).symlink_to("/dev/full")
+    with pytest.raises(ConfigurationError, match=r"cannot be written whole: .*No space left on device"):
+        prepare([corpus], out, vocab_size=300, heldout_share=0.3, seed=1, chat_template=None)
+    with pytest.raises(ConfigurationError, match="has no whole token shards"):
+        open_shards(out)
 
 
 def test_tokenizer_gives_every_text_back_and_reads_no_special_token_in_it(tmp_path: Path) -> None:

@@ -100,15 +100,18 @@ def tune(run: Tuning, *, description: str) -> tuple[Score, Score]:
     Raises:
         TrainingStopped: the loss is no number, or a file cannot be written; the best weights so far are kept.
     """
-    with closing(run.metrics), run_display(steps=run.steps, done=0) as display:
-        display.line(description)
-        before = _evaluate(run, display)
-        with stop_signals(run.stop):
-            _learn(run, display)
-        _restore_best(run)
-        after = evaluate(run.model, run.validation, dtype=run.dtype, device=run.device)
-        display.line(f"before: {before}\nafter:  {after}")
-    write_report(run.folder)
+    try:
+        with closing(run.metrics), run_display(steps=run.steps, done=0) as display:
+            display.line(description)
+            before = _evaluate(run, display)
+            with stop_signals(run.stop):
+                _learn(run, display)
+            _restore_best(run)
+            after = evaluate(run.model, run.validation, dtype=run.dtype, device=run.device)
+            display.line(f"before: {before}\nafter:  {after}")
+        write_report(run.folder)
+    except OSError as error:
+        raise TrainingStopped(f"a file of the run cannot be written: {error}. {_kept(run)}") from error
     return before, after
 
 
@@ -197,10 +200,7 @@ def _evaluate(run: Tuning, display: RunDisplay) -> Score:
     display.line(f"step {run.step}: validation {score}")
     if score.loss < run.best:
         run.best, run.num_worse = score.loss, 0
-        try:
-            write_whole(run.folder / _BEST / "weights.safetensors", moving_weights(run.model))
-        except OSError as error:
-            raise TrainingStopped(f"the best weights cannot be written: {error}. {_kept(run)}") from error
+        write_whole(run.folder / _BEST / "weights.safetensors", moving_weights(run.model))
     else:
         run.num_worse += 1
     write_report(run.folder)
