@@ -23,6 +23,7 @@ def describe_model(folder: ModelFolder, limits: EngineLimits) -> list[tuple[str,
         ("context", f"{limits.max_model_len} tokens"),
         ("KV cache", _kv_line(limits)),
         ("step", f"up to {limits.max_num_batched_tokens} tokens of up to {limits.max_num_seqs} sequences"),
+        ("kept memory", _kept_line(limits)),
         ("loaded in", f"{limits.load_seconds:.1f} s"),
     ]
 
@@ -55,6 +56,16 @@ def _kv_line(limits: EngineLimits) -> str:
         f"{_size(limits.kv_bytes)} = {num_tokens:,} tokens, "
         f"room for {limits.kv_room_in_sequences:.1f} sequences of full length"
     )
+
+
+def _kept_line(limits: EngineLimits) -> str:
+    """What a new engine finds when this one has died."""
+    kept = limits.kept
+    parts = [name for name, is_kept in (("weights", kept.has_weights), ("KV cache", kept.has_kv)) if is_kept]
+    if not parts:
+        return f"none: {kept.reason or f'tier {limits.tier} loads the model again when its engine dies'}"
+    line = f"{' and '.join(parts)} outlive the engine"
+    return f"{line}; {kept.reason}" if kept.reason else line
 
 
 def _size(num_bytes: int) -> str:

@@ -11,6 +11,7 @@ import msgspec
 
 import app.engine.__main__ as engine_main
 from app.core.config import EngineConfig
+from app.core.memory import EngineMemory
 from app.core.plan import PlanEntry, RowResult, StepPlan, StepResult
 from app.engine.build import Engine, build_engine
 from app.runner.base import Forward, RunnerInfo
@@ -54,8 +55,8 @@ class ReplayRunner:
 def main() -> int:
     """`app.engine` with the scripted tier's runner replaced."""
 
-    def build(config: EngineConfig) -> Engine:
-        engine = build_engine(config)
+    def build(config: EngineConfig, memory: EngineMemory) -> Engine:
+        engine = build_engine(config, memory)
         return msgspec.structs.replace(engine, runner=ReplayRunner(engine.runner.info))
 
     setattr(engine_main, "build_engine", build)  # noqa: B010  # for the type checker, which knows it as it was

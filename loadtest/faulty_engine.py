@@ -19,6 +19,7 @@ import msgspec
 
 import app.engine.__main__ as engine_main
 from app.core.config import EngineConfig
+from app.core.memory import EngineMemory
 from app.core.plan import PlanEntry, StepPlan, StepResult
 from app.core.types import EngineRequest
 from app.engine.build import Engine, build_engine
@@ -215,10 +216,10 @@ def main() -> int:
 
 
 def _wrap(control: Control) -> None:
-    def build(config: EngineConfig) -> Engine:
+    def build(config: EngineConfig, memory: EngineMemory) -> Engine:
         if fault := control.armed("start"):
             control.strike(fault)
-        engine = build_engine(config)
+        engine = build_engine(config, memory)
         return msgspec.structs.replace(engine, runner=FaultyRunner(engine.runner, control))
 
     def end(sock: socket.socket) -> EngineEnd:

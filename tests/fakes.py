@@ -169,6 +169,10 @@ class FakeRunner:
         pairs = zip(plan.entries, forward.contexts, strict=True)
         return StepResult(plan.step_id, tuple(self._sample_entry(entry, context) for entry, context in pairs))
 
+    def forget_rows(self) -> None:
+        """Another engine takes over the KV memory: rows went with the last one."""
+        self._rows.clear()
+
     def close(self) -> None:
         """Nothing to give back."""
 

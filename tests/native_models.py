@@ -5,6 +5,7 @@ be pinned to them.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from app.core.plan import LogitsNeed, PlanEntry, RowResult, RowStart, StepPlan
 from app.core.types import SamplingParams
 from app.runner.native import load
 from app.runner.native.levels import LEVELS, choose_level
+from app.runner.native.mapping import Mapping as SharedMapping
 from app.runner.native.runner import NativeRunner
 
 LLAMA: Mapping[str, Any] = {
@@ -47,6 +49,18 @@ def levels_here() -> list[str]:
     best = choose_level().name
     names = [level.name for level in LEVELS]
     return names[names.index(best) :]
+
+
+def makes_large_pages() -> bool:
+    """Whether this kernel lets memory outlive an engine (Linux 6.1)."""
+    descriptor = os.memfd_create("probe", os.MFD_CLOEXEC)
+    try:
+        SharedMapping(descriptor, 1, is_writable=True).enlarge_pages(0, 1)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def write_model(folder: Path, changes: Mapping[str, Any] | None = None, *, seed: int = 0) -> Path:

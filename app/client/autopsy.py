@@ -26,6 +26,15 @@ def is_self_inflicted(returncode: int | None, *, was_out_of_memory: bool) -> boo
     return -returncode in _SELF_INFLICTED
 
 
+def leaves_memory_true(returncode: int | None, *, was_out_of_memory: bool) -> bool:
+    """Whether what the process had sealed in shared memory can be believed: somebody else ended it.
+
+    Not after an end of its own making: whatever went wrong may have written there first. Nor for want of
+    memory: then the memory itself is what is needed.
+    """
+    return returncode is not None and not is_self_inflicted(returncode, was_out_of_memory=was_out_of_memory)
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a process is stopped (SIGSTOP, a debugger) rather than at work."""
     try:

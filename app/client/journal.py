@@ -28,6 +28,8 @@ class LiveSequence:
         """An engine died of itself in a step that computed this sequence, and no token has been received since."""
         self.is_finished = False
         """A finish was received, or its consumer is gone: nothing more is expected."""
+        self.was_sent = False
+        """An engine has had it."""
         self._is_handed_over = False
         self._num_prompt_logprobs = 0
         self._num_to_skip = 0
@@ -39,6 +41,9 @@ class LiveSequence:
     def hand_over(self) -> EngineRequest:
         """The request for the next engine: it goes on after the last token received."""
         self._is_handed_over = True
+        if self.was_sent and self._num_cached_tokens is None:
+            self._num_cached_tokens = 0  # the next engine may find what the last one computed for this very sequence
+        self.was_sent = True
         if not self.received:
             self._num_to_skip = self._num_prompt_logprobs
             return msgspec.structs.replace(self.request, is_on_probation=self.is_on_probation)

@@ -18,6 +18,7 @@ import msgspec
 from app.client.engine_client import EngineState, EngineStatus
 from app.client.handover import blame, in_parts, suspects_first
 from app.client.journal import Journal, LiveSequence
+from app.client.memory import MemoryKeeper
 from app.client.process import EngineLaunch, EngineProcess
 from app.client.quarantine import Quarantine
 from app.client.reserve import DescriptorReserve
@@ -71,6 +72,7 @@ class LocalEngineClient:
             supervision = msgspec.structs.replace(supervision, load_seconds=load_timeout)
         self._config = config
         self._first = first
+        self._memory = MemoryKeeper() if first is None else first.memory
         self._launch = launch
         self._supervision = supervision
         self._on_step = on_step
@@ -186,6 +188,7 @@ class LocalEngineClient:
         for sequence in self._journal.pop_all():
             sequence.end(FinishReason.ABORT)
         self._reserve.release()
+        self._memory.close()
         self._empty.set()
         self._detail = "stopped"
         self._settled.set()
@@ -213,6 +216,7 @@ class LocalEngineClient:
             if isinstance(error, FrameError):
                 raise InvalidRequest(TOO_LARGE) from error
             raise
+        sequence.was_sent = True
         self._life.has_live = True
         return sequence
 
@@ -268,7 +272,9 @@ class LocalEngineClient:
         self._generation += 1
         self._reserve.release()
         try:
-            process = self._first or EngineProcess.spawn(self._generation, self._config, launch=self._launch)
+            process = self._first or EngineProcess.spawn(
+                self._generation, self._config, launch=self._launch, memory=self._memory
+            )
         except OSError as error:
             return self._after_death(EngineDeath(f"the engine did not start: {error}"), ready_seconds=0.0, counts=True)
         finally:
@@ -315,6 +321,7 @@ class LocalEngineClient:
         if self._limits is None:
             self._pin(ready.limits)
         self._limits = ready.limits
+        self._memory.retain(ready.limits.kept)
         self._state = EngineState.READY
         self._awaits_ready = True
         self._detail = f"generation {ready.generation} is ready"
@@ -327,6 +334,8 @@ class LocalEngineClient:
                     "generation": ready.generation,
                     "tier": ready.limits.tier,
                     "load_seconds": ready.limits.load_seconds,
+                    "weights": "found packed" if ready.limits.kept.has_adopted_weights else "packed",
+                    "kv_blocks_found": ready.limits.kept.num_adopted_blocks,
                     "handed_over": len(self._journal),
                 }
             },
@@ -334,9 +343,13 @@ class LocalEngineClient:
         self._settled.set()
 
     def _pin(self, limits: EngineLimits) -> None:
-        """Later engines get the context of the first, whatever memory is free then: requests were checked by it."""
+        """Later engines get what the first one resolved: requests were checked by its context, whatever memory is free
+        then; its KV pool is theirs; and its token budget need not be measured again."""
         self._config = msgspec.structs.replace(
-            self._config, max_model_len=limits.max_model_len, num_kv_blocks=limits.num_kv_blocks
+            self._config,
+            max_model_len=limits.max_model_len,
+            num_kv_blocks=limits.num_kv_blocks,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
         )
 
     def _in_words(self, death: EngineDeath) -> EngineDeath:
@@ -383,9 +396,17 @@ class LocalEngineClient:
             return None
         delay = self._budget.next_delay(ready_seconds=ready_seconds, counts=counts)
         self._awaits_ready = self._awaits_ready and delay == 0.0
+        self._settle_memory(death)
         if delay is None:
             self._give_up(f"{self._supervision.max_deaths} engines died without a token; the last: {death.reason}")
         return delay
+
+    def _settle_memory(self, death: EngineDeath) -> None:
+        """Drop what the next engine should not find."""
+        if death.is_configuration or (death.is_self_inflicted and self._budget.num_in_row > 1):
+            self._memory.drop()  # it may be what these engines have in common
+        elif not death.leaves_memory_true:
+            self._memory.drop_kv()
 
     def _give_up(self, reason: str) -> None:
         self._state = EngineState.FAILED

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 import app
+from app.client.memory import MemoryKeeper
 from app.core.config import EngineConfig
 from app.ipc.messages import Start
 from app.ipc.progress import ProgressReader, create_page
@@ -37,29 +38,44 @@ class EngineProcess:
     """A child that runs or has run an engine. The owner closes it."""
 
     def __init__(
-        self, generation: int, popen: subprocess.Popen[bytes], sock: socket.socket, progress: ProgressReader
+        self,
+        generation: int,
+        popen: subprocess.Popen[bytes],
+        sock: socket.socket,
+        progress: ProgressReader,
+        memory: MemoryKeeper,
     ) -> None:
         self.generation = generation
         self.socket = sock
         """Our end of the engine's socket, until somebody takes it over."""
         self.progress = progress
+        self.memory = memory
+        """What outlives this engine, for the next one. Not closed here."""
         self.spawned_at = time.monotonic()
         self._popen = popen
 
     @classmethod
-    def spawn(cls, generation: int, config: EngineConfig, *, launch: EngineLaunch | None = None) -> "EngineProcess":
-        """Start a child and tell it what to load; returns at once.
+    def spawn(
+        cls,
+        generation: int,
+        config: EngineConfig,
+        *,
+        launch: EngineLaunch | None = None,
+        memory: MemoryKeeper | None = None,
+    ) -> "EngineProcess":
+        """Start a child and tell it what to load; returns at once. `memory` is that of its predecessors, if any.
 
         Call it from a thread that outlives the engine: the kernel kills the child when that thread ends.
         Raises OSError where the machine has no room for another process.
         """
         launch = EngineLaunch() if launch is None else launch
+        memory = MemoryKeeper() if memory is None else memory
         ours, theirs = socket.socketpair()
         page_fd = create_page()
         try:
             popen = _popen(launch, socket_fd=theirs.fileno(), progress_fd=page_fd)
-            ours.sendall(encode_frame(Start(generation, config)))
-            return cls(generation, popen, ours, ProgressReader(page_fd))
+            _tell(ours, generation, config, memory.descriptors())
+            return cls(generation, popen, ours, ProgressReader(page_fd), memory)
         except BaseException:
             ours.close()
             raise
@@ -85,6 +101,14 @@ class EngineProcess:
         """Give back socket and page. The engine exits when its socket closes; `kill` does not wait for that."""
         self.socket.close()
         self.progress.close()
+
+
+def _tell(sock: socket.socket, generation: int, config: EngineConfig, descriptors: tuple[int, ...]) -> None:
+    """The first message. Descriptors go beside its first byte."""
+    frame = encode_frame(Start(generation, config, num_descriptors=len(descriptors)))
+    if descriptors:
+        frame = frame[socket.send_fds(sock, [frame], descriptors) :]
+    sock.sendall(frame)
 
 
 def describe_returncode(returncode: int | None, *, was_out_of_memory: bool = False) -> str:

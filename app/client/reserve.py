@@ -3,7 +3,7 @@
 import os
 
 NUM_DESCRIPTORS = 16
-"""Starting an engine takes 7 for a moment (socket pair, page and its mapping, null device, the fork's pipe)."""
+"""Starting an engine takes 10 for a moment: socket pair, page and its mapping, null device, the fork's pipe, memfds."""
 
 
 class DescriptorReserve:

@@ -14,12 +14,13 @@ class RestartBudget:
         self._supervision = supervision
         self._clock = 0.0
         self._deaths: list[float] = []
-        self._num_in_row = 0
+        self.num_in_row = 0
+        """Deaths since the last token."""
 
     def forgive(self) -> None:
         """A token was received: engines work."""
         self._deaths.clear()
-        self._num_in_row = 0
+        self.num_in_row = 0
 
     def next_delay(self, *, ready_seconds: float, counts: bool) -> float | None:
         """An engine died that had been ready so long; returns seconds to wait, None where the budget is spent.
@@ -33,8 +34,8 @@ class RestartBudget:
             self._deaths.append(self._clock)
             if len(self._deaths) >= self._supervision.max_deaths:
                 return None
-        self._num_in_row += 1
-        if self._num_in_row == 1:
+        self.num_in_row += 1
+        if self.num_in_row == 1:
             return 0.0
-        delay = self._supervision.backoff_seconds * 2.0 ** min(self._num_in_row - 2, 16)
+        delay = self._supervision.backoff_seconds * 2.0 ** min(self.num_in_row - 2, 16)
         return min(delay, self._supervision.max_backoff_seconds)

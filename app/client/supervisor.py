@@ -9,13 +9,14 @@ import logging
 import signal
 import time
 
-from app.client.autopsy import MemoryWatch, find_kill_counter, is_self_inflicted, is_stopped
+from app.client.autopsy import MemoryWatch, find_kill_counter, is_self_inflicted, is_stopped, leaves_memory_true
 from app.client.process import EngineProcess, describe_returncode
 from app.client.settings import Supervision
 from app.client.stall import StallWatch
 from app.client.starvation import RunQueueWait
+from app.ipc.api_end import ApiEnd
 from app.ipc.messages import Fatal, FromEngine, Ready, StepOutputs, ToEngine
-from app.ipc.transport import ApiEnd, FrameError
+from app.ipc.transport import FrameError
 
 logger = logging.getLogger("headwater.client")
 
@@ -28,11 +29,20 @@ EXIT_POLL_SECONDS = 0.01
 class EngineDeath(Exception):
     """An engine can no longer be used."""
 
-    def __init__(self, reason: str, *, is_configuration: bool = False, is_self_inflicted: bool = True) -> None:
+    def __init__(
+        self,
+        reason: str,
+        *,
+        is_configuration: bool = False,
+        is_self_inflicted: bool = True,
+        leaves_memory_true: bool = False,
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.is_self_inflicted = is_self_inflicted
         """What it computed may have ended it; False where somebody outside did."""
+        self.leaves_memory_true = leaves_memory_true
+        """The next engine may believe what this one had sealed in the KV pool."""
         self.is_configuration = is_configuration
         """The engine says that a restart would fail the same way."""
 
@@ -176,8 +186,9 @@ class EngineLife:
 
     def _accuse(self, accusation: str) -> EngineDeath:
         if is_stopped(self._process.pid):
-            return EngineDeath(f"{accusation}: somebody had stopped it", is_self_inflicted=False)
-        return EngineDeath(accusation)
+            reason = f"{accusation}: somebody had stopped it"
+            return EngineDeath(reason, is_self_inflicted=False, leaves_memory_true=True)
+        return EngineDeath(accusation, leaves_memory_true=True)  # we killed it, where it stood
 
     async def _explain_end(self) -> EngineDeath:
         """Why the socket closed: our own verdict first, else how the process ended."""
@@ -189,6 +200,7 @@ class EngineLife:
         return EngineDeath(
             describe_returncode(returncode, was_out_of_memory=was_out_of_memory),
             is_self_inflicted=is_self_inflicted(returncode, was_out_of_memory=was_out_of_memory),
+            leaves_memory_true=leaves_memory_true(returncode, was_out_of_memory=was_out_of_memory),
         )
 
     async def _wait_for_exit(self, seconds: float) -> bool:

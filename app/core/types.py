@@ -8,6 +8,8 @@ from enum import StrEnum
 
 import msgspec
 
+from app.core.memory import KeptMemory
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended. `error` carries a message beside it."""
@@ -157,8 +159,6 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     """Blocks in use that several sequences hold."""
     num_kv_blocks_cached: int = 0
     """Blocks not in use whose contents a prefix can still find."""
-    prefill_rows: tuple[int, ...] = ()
-    """Tokens of each row of the step that computed a part of its prompt; the other rows decoded one each."""
 
 
 class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -181,6 +181,7 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
     row_independent: bool
     fingerprint: str
     load_seconds: float
+    kept: KeptMemory = KeptMemory()
 
     @property
     def kv_room_in_sequences(self) -> float:

@@ -18,6 +18,7 @@ import socket
 import sys
 
 from app.core.errors import ConfigurationError
+from app.core.memory import EngineMemory
 from app.engine.build import Engine, build_engine
 from app.engine.loop import EngineLoop
 from app.ipc.messages import Fatal, Ready, Start
@@ -45,17 +46,17 @@ def main() -> int:
     channel.watch_for_close(_exit_now)
     progress = ProgressWriter(options.progress_fd)
     try:
-        start = _receive_start(channel)
+        start, memory = _receive_start(channel)
         progress.set_generation(start.generation)
-        return _serve(start, channel, progress)
+        return _serve(start, memory, channel, progress)
     except ConnectionError:
         return EXIT_SOCKET_CLOSED
 
 
-def _serve(start: Start, channel: EngineEnd, progress: ProgressWriter) -> int:
+def _serve(start: Start, memory: EngineMemory, channel: EngineEnd, progress: ProgressWriter) -> int:
     progress.set_phase(EnginePhase.LOADING)
     try:
-        engine = build_engine(start.config)
+        engine = build_engine(start.config, memory)
     except ConfigurationError as error:
         _send_fatal(channel, start, seq=0, reason=str(error), is_configuration=True)
         return EXIT_CONFIGURATION
@@ -89,11 +90,15 @@ def _send_fatal(channel: EngineEnd, start: Start, *, seq: int, reason: str, is_c
     channel.flush(timeout=FATAL_SEND_SECONDS)
 
 
-def _receive_start(channel: EngineEnd) -> Start:
+def _receive_start(channel: EngineEnd) -> tuple[Start, EngineMemory]:
     while True:
         for message in channel.receive(None):
             if isinstance(message, Start):
-                return message
+                descriptors = channel.take_descriptors()
+                if len(descriptors) != message.num_descriptors:
+                    logger.warning("%d of %d descriptors came", len(descriptors), message.num_descriptors)
+                    return message, EngineMemory()
+                return message, EngineMemory.of(descriptors)
             raise ConnectionError(f"the first message was {type(message).__name__}, not Start")
 
 

@@ -1,17 +1,23 @@
 """Builds what the loop needs out of the Start message: runner, scheduler, and the limits to announce."""
 
+import logging
 import time
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 
 import msgspec
 
 from app.core.config import EngineConfig
+from app.core.memory import EngineMemory, KeptMemory
 from app.core.types import EngineLimits
 from app.grammar.constraints import Constraints
+from app.kv.record import KEY_BYTES, BlockRecord
 from app.runner.base import ModelRunner, RunnerInfo
 from app.runner.choose import load_runner
 from app.scheduler import Scheduler, SchedulerConfig
+
+logger = logging.getLogger("headwater.engine")
 
 
 class Engine(msgspec.Struct, frozen=True):
@@ -34,13 +40,29 @@ class Engine(msgspec.Struct, frozen=True):
         )
 
 
-def build_engine(config: EngineConfig) -> Engine:
-    """Load the model. Raises ConfigurationError where a restart would fail the same way."""
+def build_engine(config: EngineConfig, memory: EngineMemory | None = None) -> Engine:
+    """Load the model, or find it in `memory`. Raises ConfigurationError where a restart would fail the same way."""
     began = time.monotonic()
-    runner = load_runner(config)
+    memory = EngineMemory() if memory is None else memory
+    runner = load_runner(config, memory)
     scheduler_config = _scheduler_config(config, runner.info)
-    limits = _limits(scheduler_config, runner.info, load_seconds=time.monotonic() - began)
-    return Engine(runner, Scheduler(scheduler_config), limits, Path(config.model_dir))
+    scheduler = Scheduler(scheduler_config, record=_open_record(memory, runner.info))
+    kept = msgspec.structs.replace(runner.info.kept, num_adopted_blocks=scheduler.num_adopted_blocks)
+    limits = _limits(scheduler_config, runner.info, kept, load_seconds=time.monotonic() - began)
+    return Engine(runner, scheduler, limits, Path(config.model_dir))
+
+
+def _open_record(memory: EngineMemory, info: RunnerInfo) -> BlockRecord | None:
+    """The record of a pool that outlives engines; None where this one's does not."""
+    if memory.blocks is None or not info.kept.has_kv:
+        return None
+    facts = f"{info.fingerprint} {info.num_kv_blocks} {info.block_size} {info.kv_bytes}"
+    key = blake2b(facts.encode(), digest_size=KEY_BYTES).digest()
+    try:
+        return BlockRecord.open(memory.blocks, info.num_kv_blocks, key=key)
+    except OSError as error:
+        logger.warning("sealed KV blocks are not recorded for the next engine: %s", error)
+        return None
 
 
 def _scheduler_config(config: EngineConfig, info: RunnerInfo) -> SchedulerConfig:
@@ -57,7 +79,7 @@ def _scheduler_config(config: EngineConfig, info: RunnerInfo) -> SchedulerConfig
     )
 
 
-def _limits(config: SchedulerConfig, info: RunnerInfo, *, load_seconds: float) -> EngineLimits:
+def _limits(config: SchedulerConfig, info: RunnerInfo, kept: KeptMemory, *, load_seconds: float) -> EngineLimits:
     return EngineLimits(
         max_model_len=config.max_sequence_len,
         vocab_size=info.vocab_size,
@@ -75,4 +97,5 @@ def _limits(config: SchedulerConfig, info: RunnerInfo, *, load_seconds: float) -
         row_independent=info.row_independent,
         fingerprint=info.fingerprint,
         load_seconds=load_seconds,
+        kept=kept,
     )

@@ -14,14 +14,12 @@ class StepWork(msgspec.Struct, frozen=True):
     num_prefill_tokens: int = 0
     num_decode_tokens: int = 0
     seconds: float = 0.0
-    prefill_rows: tuple[int, ...] = ()
 
 
 def count_work(plan: StepPlan, seconds: float) -> StepWork:
     """An entry that samples from one token decodes; all other tokens are prefill."""
-    prefill_rows = tuple(len(entry.token_ids) for entry in plan.entries if not entry.sample or len(entry.token_ids) > 1)
-    num_decode_tokens = len(plan.entries) - len(prefill_rows)
-    return StepWork(plan.step_id, sum(prefill_rows), num_decode_tokens, seconds, prefill_rows)
+    num_decode_tokens = sum(1 for entry in plan.entries if entry.sample and len(entry.token_ids) == 1)
+    return StepWork(plan.step_id, plan.num_tokens - num_decode_tokens, num_decode_tokens, seconds)
 
 
 def step_stats(work: StepWork, counts: SchedulerCounts, *, num_kv_blocks: int) -> StepStats:
@@ -40,5 +38,4 @@ def step_stats(work: StepWork, counts: SchedulerCounts, *, num_kv_blocks: int) -
         total_prefix_hit_tokens=counts.total_prefix_hit_tokens,
         num_kv_blocks_shared=counts.num_kv_blocks_shared,
         num_kv_blocks_cached=counts.num_kv_blocks_cached,
-        prefill_rows=work.prefill_rows,
     )

@@ -15,6 +15,8 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
 
     generation: int
     config: EngineConfig
+    num_descriptors: int = 0
+    """How many came beside this message (SCM_RIGHTS): those of `EngineMemory`, in its order, or none."""
 
 
 class Add(msgspec.Struct, frozen=True, tag="add"):

@@ -1,14 +1,15 @@
-"""Framing and the two ends of the socket between the API process and the engine process.
+"""Framing of the socket between the API process and the engine process, and the engine's end of it.
 
 A frame is a little-endian u32 length and a msgpack body. The API process reads and writes with
-asyncio (`ApiEnd`). The engine's one thread owns `EngineEnd`: it never blocks on sending, and what
-the kernel does not take at once waits in a backlog that the loop watches.
+asyncio (`app.ipc.api_end`). The engine's one thread owns `EngineEnd`: it never blocks on sending, and what
+the kernel does not take at once waits in a backlog that the loop watches. Descriptors come beside the
+first frame alone.
 
 Invariant: bytes that are no frame, or a frame that is no message, end the connection (`FrameError`);
 nobody guesses where the next frame begins.
 """
 
-import asyncio
+import array
 import os
 import select
 import socket
@@ -26,6 +27,9 @@ MAX_FRAME_BYTES = 64 * 1024 * 1024
 """A larger length is taken for garbage. The longest prompt of 1M tokens is about 5 MB."""
 RECEIVE_BYTES = 256 * 1024
 _HEADER = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size
+_ANCILLARY_BYTES = socket.CMSG_LEN(8 * array.array("i").itemsize)
+"""Room for eight descriptors."""
 
 
 class FrameError(Exception):
@@ -40,7 +44,8 @@ def encode_frame(message: ToEngine | FromEngine) -> bytes:
     return _HEADER.pack(len(body)) + body
 
 
-def _body_length(header: bytes | bytearray | memoryview) -> int:
+def body_length(header: bytes | bytearray | memoryview) -> int:
+    """What a header says of the body behind it. Raises FrameError."""
     (length,) = _HEADER.unpack(header)
     if not 0 < length <= MAX_FRAME_BYTES:
         raise FrameError(f"a frame claims {length} bytes; 1 to {MAX_FRAME_BYTES} are possible")
@@ -58,49 +63,12 @@ class FrameBuffer:
         self._bytes += data
         start = 0
         while len(self._bytes) - start >= _HEADER.size:
-            end = start + _HEADER.size + _body_length(self._bytes[start : start + _HEADER.size])
+            end = start + _HEADER.size + body_length(self._bytes[start : start + _HEADER.size])
             if len(self._bytes) < end:
                 break
             yield bytes(self._bytes[start + _HEADER.size : end])
             start = end
         del self._bytes[:start]
-
-
-class ApiEnd:
-    """The API process's end: awaits one message at a time, writes without waiting."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
-
-    @classmethod
-    async def open(cls, sock: socket.socket) -> "ApiEnd":
-        """Take over a connected stream socket."""
-        sock.setblocking(False)
-        reader, writer = await asyncio.open_unix_connection(sock=sock, limit=RECEIVE_BYTES)
-        return cls(reader, writer)
-
-    async def receive(self) -> FromEngine | None:
-        """The next message; None when the other end has closed, also in the middle of a frame. Raises FrameError."""
-        try:
-            header = await self._reader.readexactly(_HEADER.size)
-            body = await self._reader.readexactly(_body_length(header))
-        except (asyncio.IncompleteReadError, OSError):
-            return None
-        try:
-            return self._decoder.decode(body)
-        except msgspec.DecodeError as error:
-            raise FrameError(f"a frame of {len(body)} bytes is no message of an engine: {error}") from error
-
-    def send(self, message: ToEngine) -> None:
-        """Write at once or buffer; a dead engine shows in `receive`, never here."""
-        if not self._writer.is_closing():
-            self._writer.write(encode_frame(message))
-
-    def close(self) -> None:
-        """Close now; what was not written is dropped."""
-        self._writer.transport.abort()
 
 
 class EngineEnd:
@@ -113,6 +81,7 @@ class EngineEnd:
         self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
         self._backlog: deque[memoryview] = deque()
         self._backlog_bytes = 0
+        self._descriptors: list[int] = []
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def __del__(self) -> None:
@@ -143,6 +112,11 @@ class EngineEnd:
             for body in self._frames.feed(data):
                 messages.append(self._decode(body))
         return messages
+
+    def take_descriptors(self) -> list[int]:
+        """Descriptors that came so far; the caller owns them."""
+        taken, self._descriptors = self._descriptors, []
+        return taken
 
     def send(self, message: FromEngine) -> None:
         """Hand to the kernel what it takes; the rest waits in the backlog. Never blocks."""
@@ -193,9 +167,12 @@ class EngineEnd:
 
     def _receive_bytes(self) -> bytes | None:
         try:
-            data = self._socket.recv(RECEIVE_BYTES)
+            data, ancillary, _, _ = self._socket.recvmsg(RECEIVE_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return None
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._descriptors += array.array("i", content)
         if not data:
             raise ConnectionResetError("the API process has closed the socket")
         return data

@@ -4,25 +4,35 @@ Invariants:
 - every block is held (reference count > 0), free and blank, or free and sealed: exactly one of them;
 - a hash names at most one block, and a sealed block keeps its hash until it is evicted;
 - only sealed blocks can be held more than once;
+- the record, where there is one, names a block under its hash from its seal to its eviction, and never longer;
 - all operations take constant time per block.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from app.kv.record import BlockRecord
+
 
 class BlockPool:
     """Hands out block ids 0 .. num_blocks - 1. Blank blocks go first, then the least recently used sealed one."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, *, record: BlockRecord | None = None) -> None:
+        """What `record` names is sealed and free from the start."""
         self.num_blocks = num_blocks
+        self._record = record
         self._ref_counts = [0] * num_blocks
-        self._blank = list(range(num_blocks - 1, -1, -1))
         # An OrderedDict, because next(iter(a dict)) crawls over the holes that removals leave at its front.
         self._free_sealed: OrderedDict[int, None] = OrderedDict()
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._num_shared = 0
+        for block_id, block_hash in () if record is None else record.entries():
+            self._block_of[block_hash] = block_id
+            self._hash_of[block_id] = block_hash
+            self._free_sealed[block_id] = None
+        self.num_adopted = len(self._hash_of)
+        self._blank = [block_id for block_id in range(num_blocks - 1, -1, -1) if block_id not in self._hash_of]
 
     @property
     def num_free(self) -> int:
@@ -66,6 +76,8 @@ class BlockPool:
         """Hold a sealed block once more, or again if it was free."""
         if self._ref_counts[block_id] == 0:
             del self._free_sealed[block_id]
+            if self._record is not None:
+                self._record.hold(block_id)
         self._ref_counts[block_id] += 1
         self._num_shared += self._ref_counts[block_id] == 2
 
@@ -78,6 +90,8 @@ class BlockPool:
                 continue
             if block_id in self._hash_of:
                 self._free_sealed[block_id] = None
+                if self._record is not None:
+                    self._record.let_go(block_id)
             else:
                 self._blank.append(block_id)
 
@@ -86,6 +100,8 @@ class BlockPool:
         if block_hash not in self._block_of:
             self._block_of[block_hash] = block_id
             self._hash_of[block_id] = block_hash
+            if self._record is not None:
+                self._record.seal(block_id, block_hash)
 
     def _take_one(self) -> int:
         block_id = self._blank.pop() if self._blank else self._evict()
@@ -94,5 +110,7 @@ class BlockPool:
 
     def _evict(self) -> int:
         block_id, _ = self._free_sealed.popitem(last=False)
+        if self._record is not None:
+            self._record.forget(block_id)
         del self._block_of[self._hash_of.pop(block_id)]
         return block_id

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from app.kv.block_pool import BlockPool
 from app.kv.prefix import HashChain
+from app.kv.record import BlockRecord
 
 _NEVER = sys.maxsize
 
@@ -54,8 +55,11 @@ class BlockTable:
 class KVManager:
     """Gives blocks to sequences, takes them back, and finds prefixes that are computed already."""
 
-    def __init__(self, num_blocks: int, *, block_size: int, enable_prefix_caching: bool) -> None:
-        self.pool = BlockPool(num_blocks)
+    def __init__(
+        self, num_blocks: int, *, block_size: int, enable_prefix_caching: bool, record: BlockRecord | None = None
+    ) -> None:
+        """Without prefix caching no block is sealed, and the record stays as it is."""
+        self.pool = BlockPool(num_blocks, record=record if enable_prefix_caching else None)
         self.block_size = block_size
         self._is_caching = enable_prefix_caching
 

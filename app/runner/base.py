@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import msgspec
 
+from app.core.memory import KeptMemory
 from app.core.plan import StepPlan, StepResult
 
 if TYPE_CHECKING:  # the scripted tier starts without numpy
@@ -42,6 +43,8 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """DESIGN rule 2: a row's tokens depend on nothing that shares its batch, on no chunking, no cache hit."""
     fingerprint: str
     """Names all that the tokens depend on: weights, dtype, tier, ISA level, kernel and sampler epoch."""
+    kept: KeptMemory = KeptMemory()
+    """`has_kv`: the pool lies in `EngineMemory.kv`, and what was in it is still there."""
 
 
 class Forward(Protocol):

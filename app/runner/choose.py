@@ -15,6 +15,7 @@ import msgspec
 
 from app.core.config import EngineConfig
 from app.core.errors import ConfigurationError
+from app.core.memory import EngineMemory
 from app.runner.base import ModelRunner, TierUnavailable
 
 logger = logging.getLogger("headwater.runner")
@@ -29,7 +30,7 @@ TIER_MODULES: Mapping[str, str] = {
     "any": "app.runner.torch.any_tier",
     "scripted": "app.runner.scripted",
 }
-"""Each module has `load(config) -> ModelRunner`."""
+"""Each module has `load(config, memory) -> ModelRunner`; a tier that keeps nothing leaves the memory alone."""
 
 
 class SkippedTier(msgspec.Struct, frozen=True):
@@ -57,29 +58,30 @@ def auto_order(config: EngineConfig, *, has_device: Callable[[], bool] = has_nvi
     return DEVICE_ORDER
 
 
-def load_runner(config: EngineConfig) -> ModelRunner:
-    """Load the model with the tier that was asked for, or with the first that can.
+def load_runner(config: EngineConfig, memory: EngineMemory | None = None) -> ModelRunner:
+    """Load the model with the tier that was asked for, or with the first that can, into `memory` where it can.
 
     Raises ConfigurationError where none can, with the reasons and remedies.
     """
+    memory = EngineMemory() if memory is None else memory
     if config.tier != "auto":
-        return _load_named(config)
+        return _load_named(config, memory)
     skipped: list[SkippedTier] = []
     for tier in auto_order(config):
         try:
-            return _load_tier(tier, config)
+            return _load_tier(tier, config, memory)
         except TierUnavailable as unavailable:
             skipped.append(SkippedTier(tier, unavailable.reason, unavailable.remedy))
             logger.info("tier skipped: %s", skipped[-1])
     raise ConfigurationError(f"no tier can serve {config.model_dir}: " + "; ".join(map(str, skipped)))
 
 
-def _load_named(config: EngineConfig) -> ModelRunner:
+def _load_named(config: EngineConfig, memory: EngineMemory) -> ModelRunner:
     if config.tier not in TIER_MODULES:
         names = ", ".join(("auto", *TIER_MODULES))
         raise ConfigurationError(f"unknown tier {config.tier!r}: choose one of {names}")
     try:
-        return _load_tier(config.tier, config)
+        return _load_tier(config.tier, config, memory)
     except TierUnavailable as unavailable:
         remedy = unavailable.remedy or "choose another tier, or auto"
         raise ConfigurationError(
@@ -87,7 +89,7 @@ def _load_named(config: EngineConfig) -> ModelRunner:
         ) from unavailable
 
 
-def _load_tier(tier: str, config: EngineConfig) -> ModelRunner:
+def _load_tier(tier: str, config: EngineConfig, memory: EngineMemory) -> ModelRunner:
     """Import and load one tier.
 
     Raises TierUnavailable, also where something that it imports is missing, and ConfigurationError.
@@ -102,7 +104,7 @@ def _load_tier(tier: str, config: EngineConfig) -> ModelRunner:
     except AttributeError as error:
         raise TierUnavailable("this build does not have it") from error
     try:
-        return cast(ModelRunner, load(config))
+        return cast(ModelRunner, load(config, memory))
     except (FileNotFoundError, PermissionError) as error:
         raise ConfigurationError(f"a file of the model cannot be read: {error}; fetch the model again") from error
 

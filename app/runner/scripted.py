@@ -17,6 +17,7 @@ import msgspec
 
 from app.core.config import EngineConfig
 from app.core.errors import ConfigurationError
+from app.core.memory import EngineMemory
 from app.core.plan import LogitsNeed, PlanEntry, RowResult, RowStart, StepPlan, StepResult
 from app.core.types import SamplingParams, TokenLogprobs
 from app.runner.base import Bitmask, RunnerInfo, StepMasks
@@ -182,7 +183,7 @@ class ScriptedRunner:
         return TokenLogprobs(best, 1, top, tuple(best - index for index in range(len(top))))
 
 
-def load(config: EngineConfig) -> ScriptedRunner:
+def load(config: EngineConfig, _memory: EngineMemory | None = None) -> ScriptedRunner:
     """The tier's entry point. Raises ConfigurationError for settings that do not exist."""
     return ScriptedRunner(config)
 

@@ -19,6 +19,7 @@ import msgspec
 from app.core.plan import PlanEntry, RowResult, StepPlan, StepResult
 from app.core.types import EngineOutput, EngineRequest, FinishReason
 from app.kv.manager import KVManager, PrefixMatch
+from app.kv.record import BlockRecord
 from app.scheduler.config import SchedulerConfig
 from app.scheduler.finish import Finish, FinishRules
 from app.scheduler.gates import PrefixGate, PreparationGate, num_common_blocks
@@ -54,10 +55,14 @@ class Scheduler:
     until theirs has come back. Times are passed in, in seconds of one clock.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, *, record: BlockRecord | None = None) -> None:
+        """`record` names the blocks that an earlier engine computed; see BlockRecord."""
         self._config = config
         self._kv = KVManager(
-            config.num_kv_blocks, block_size=config.block_size, enable_prefix_caching=config.enable_prefix_caching
+            config.num_kv_blocks,
+            block_size=config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            record=record,
         )
         self._shares = Shares()
         self._queue = WaitingQueue(self._shares)
@@ -73,6 +78,11 @@ class Scheduler:
         self._total_preemptions = 0
         self._total_prefix_query_tokens = 0
         self._total_prefix_hit_tokens = 0
+
+    @property
+    def num_adopted_blocks(self) -> int:
+        """Blocks that it found computed at its construction."""
+        return self._kv.pool.num_adopted
 
     @property
     def has_work(self) -> bool:

@@ -63,7 +63,7 @@ def test_engine_view(server: FakeServer) -> None:
     assert view["time_to_first_token"]["count"] >= 1 and view["prefix_hit_rate"] == 0.4
     server.http.get("/metrics")  # which sees the fake engine's step
     rows = server.http.get("/engine").json()
-    assert rows["steps"] and len(rows["steps"][-1]) == 12
+    assert rows["steps"] and len(rows["steps"][-1]) == 11
     assert server.http.get(f"/engine?after={rows['last_step']}").json()["steps"] == []
     refused = server.http.get("/engine?after=-1")
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "after"

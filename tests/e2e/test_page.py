@@ -311,10 +311,8 @@ def test_a_prompt_can_be_scored(visit: Open) -> None:
 
 def test_samples_become_branches(visit: Open) -> None:
     page = visit()
-    run(page, "Thrice", n="3", max_tokens="40")
+    run(page, "Thrice", n="3", max_tokens="5")
     expect(page.locator("#tree > ul > li")).to_have_count(3)
-    expect(page.locator("#steps-chart title", has_text="3 rows decoded, 0 prefilled").first).to_be_attached()
-    expect(page.locator("#steps-chart title", has_text=re.compile("[1-9] prefilled")).first).to_be_attached()
 
 
 def test_it_fits_a_phone(visit: Open) -> None:

@@ -10,6 +10,7 @@ import msgspec
 
 from app.core.plan import PlanEntry, StepPlan
 from app.core.types import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
+from app.kv.record import KEY_BYTES, BlockRecord, size_of
 from app.scheduler import Scheduler, SchedulerConfig
 from app.scheduler.sequence import NO_ROW, Sequence
 from tests.fakes import Continuation, FakeForward, FakeRunner, continuation
@@ -66,7 +67,9 @@ class Driver:
 
     def __init__(self, config: SchedulerConfig, *, lag: int = 0, draft: bool = False) -> None:
         self.config = config
-        self.scheduler = Scheduler(config)
+        self._record = bytearray(size_of(config.num_kv_blocks))
+        self.scheduler = self._new_scheduler()
+        self.num_crashes = 0
         self.runner = FakeRunner(
             num_kv_blocks=config.num_kv_blocks,
             block_size=config.block_size,
@@ -111,6 +114,25 @@ class Driver:
         assert self.scheduler.abort([request_id]) == 1
         del self.answers[request_id]
         self._preparing.pop(request_id, None)
+        self.check()
+
+    def crash(self) -> None:
+        """The engine is killed: the next one has what stands in the pool and its record, and what was received."""
+        self.num_crashes += 1
+        self._in_flight.clear()
+        self._preparing.clear()
+        self.runner.forget_rows()
+        self.scheduler = self._new_scheduler()
+        for request_id in self.live_ids:
+            answer = self.answers[request_id]
+            answer.num_cached_tokens = None
+            if not answer.token_ids:
+                answer.prompt_logprobs.clear()  # they come again, and the journal skips them
+            output = self.scheduler.add(_hand_over(answer), 0.0)
+            if output is not None:
+                self._take(output)
+            elif answer.request.params.grammar is not None:
+                self._preparing[request_id] = len(answer.request.prompt_token_ids) % 5
         self.check()
 
     def fail(self, request_id: str) -> None:
@@ -163,6 +185,10 @@ class Driver:
         rows = [sequence.row for sequence in holders]
         assert len(set(rows)) == len(rows), "two sequences have one row"
         assert all(0 <= row < self.config.max_num_seqs for row in rows)
+
+    def _new_scheduler(self) -> Scheduler:
+        record = BlockRecord(self._record, self.config.num_kv_blocks, key=bytes(KEY_BYTES))
+        return Scheduler(self.config, record=record)
 
     def _prepare(self) -> None:
         """Grammars become ready, or turn out to be wrong, some steps after their requests came."""
@@ -285,6 +311,9 @@ class Driver:
 
     def _check_blocks(self, holders: list[Sequence]) -> None:
         pool = self.scheduler._kv.pool
+        if self.config.enable_prefix_caching:
+            entries = BlockRecord(self._record, self.config.num_kv_blocks, key=bytes(KEY_BYTES)).entries()
+            assert dict(entries) == pool._hash_of, "the record does not say what is sealed"
         assert pool.num_free + pool.num_held == pool.num_blocks == self.config.num_kv_blocks
         assert self.scheduler.counts().num_kv_blocks_used == pool.num_held
         references = Counter(block_id for sequence in holders for block_id in sequence.blocks.block_ids)
@@ -308,3 +337,12 @@ class Driver:
                 assert self.scheduler._kv.pool.hash_of(block_id) is not None
                 content = (index, sequence.request.cache_salt, sequence.token_ids[:end])
                 assert contents.setdefault(block_id, content) == content
+
+
+def _hand_over(answer: Answer) -> EngineRequest:
+    """As the journal does it."""
+    request, params = answer.request, answer.request.params
+    if answer.token_ids:
+        params = msgspec.structs.replace(params, num_prompt_logprobs=None)
+    output_token_ids = (*request.output_token_ids, *answer.token_ids)
+    return msgspec.structs.replace(request, params=params, output_token_ids=output_token_ids)

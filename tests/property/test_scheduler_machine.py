@@ -12,7 +12,7 @@ from tests.property.traffic import EOS_TOKEN_IDS, NUM_DOCUMENTS, VOCAB_SIZE, doc
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Adds, hand-overs, aborts, failures and steps in any order, on engines of any small size."""
+    """Adds, hand-overs, aborts, failures, crashes and steps in any order, on engines of any small size."""
 
     requests = Bundle("requests")
 
@@ -111,6 +111,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(request_id=requests)
     def fail(self, request_id: str) -> None:
         self.driver.fail(request_id)
+
+    @rule()
+    def crash(self) -> None:
+        self.driver.crash()
 
     @rule(count=st.integers(1, 8))
     def step(self, count: int) -> None:

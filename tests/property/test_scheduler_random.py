@@ -24,7 +24,7 @@ def test_random_traffic(seed: int, lag: int, draft: bool) -> None:
         totals += _episode(rng, lag=lag, draft=draft)
     print(f"\n{dict(totals)}")  # noqa: T201
     assert totals["steps"] >= NUM_STEPS
-    for event in ("finished", "aborted", "failed", "preemptions", "hit tokens", "held", "prepared"):
+    for event in ("finished", "aborted", "failed", "preemptions", "hit tokens", "held", "prepared", "adopted"):
         assert totals[event] > 50, f"{event} hardly happens: the traffic tests nothing"
 
 
@@ -60,4 +60,7 @@ def _mishap(rng: random.Random, driver: Driver) -> "Counter[str]":
     if live_ids and rng.random() < 0.03:
         driver.fail(rng.choice(live_ids))
         return Counter(failed=1)
+    if rng.random() < 0.02:
+        driver.crash()
+        return Counter(crashed=1, adopted=driver.scheduler.num_adopted_blocks)
     return Counter()

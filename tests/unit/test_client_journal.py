@@ -58,6 +58,16 @@ async def test_cached_tokens_are_those_of_the_first_engine() -> None:
     assert (await sequence.next_output()).num_cached_tokens == 2
 
 
+@pytest.mark.parametrize(("was_sent", "num_cached_tokens"), [(True, 0), (False, 128)])
+async def test_what_the_last_engine_computed_for_it_is_not_cached(was_sent: bool, num_cached_tokens: int) -> None:
+    """A hand-over before the first output may find its own blocks; one that no engine has had finds others' alone."""
+    sequence = make()
+    sequence.was_sent = was_sent
+    sequence.hand_over()
+    sequence.receive(EngineOutput("a", (5,), num_cached_tokens=128))
+    assert (await sequence.next_output()).num_cached_tokens == num_cached_tokens
+
+
 async def test_outputs_that_gathered_come_as_one() -> None:
     sequence = make()
     for token_id in range(5):

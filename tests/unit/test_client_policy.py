@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from app.client.autopsy import MemoryWatch, find_kill_counter, is_self_inflicted, is_stopped
+from app.client.autopsy import MemoryWatch, find_kill_counter, is_self_inflicted, is_stopped, leaves_memory_true
 from app.client.handover import Blame, blame, in_parts
 from app.client.journal import LiveSequence
 from app.client.process import describe_returncode
@@ -312,6 +312,26 @@ class TestQuarantine:
             True,
             True,
         ]
+
+
+@pytest.mark.parametrize(
+    ("returncode", "was_out_of_memory", "is_true"),
+    [
+        (-signal.SIGKILL, False, True),
+        (-signal.SIGTERM, False, True),
+        (-signal.SIGKILL, True, False),
+        (-signal.SIGSEGV, False, False),
+        (-signal.SIGBUS, False, False),
+        (-signal.SIGABRT, False, False),
+        (0, False, False),
+        (1, False, False),
+        (None, False, False),
+    ],
+)
+def test_memory_is_believed_after_a_death_from_outside(
+    returncode: int | None, was_out_of_memory: bool, is_true: bool
+) -> None:
+    assert leaves_memory_true(returncode, was_out_of_memory=was_out_of_memory) is is_true
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Frames over a real socket pair: whole, split, too long, broken, closed, and a reader that does not read."""
 
 import asyncio
+import os
 import socket
 import struct
 import threading
@@ -10,8 +11,9 @@ import msgspec
 import pytest
 
 from app.core.types import EngineOutput, EngineRequest, SamplingParams, StepStats
+from app.ipc.api_end import ApiEnd
 from app.ipc.messages import Abort, Add, FromEngine, StepOutputs
-from app.ipc.transport import MAX_FRAME_BYTES, ApiEnd, EngineEnd, FrameBuffer, FrameError, encode_frame
+from app.ipc.transport import MAX_FRAME_BYTES, EngineEnd, FrameBuffer, FrameError, encode_frame
 
 STATS = StepStats(1, 0.1, 0, 1, 1, 0, 1, 8, 0, 0, 0)
 
@@ -60,6 +62,22 @@ def test_engine_end_receives_what_was_sent_and_notices_the_close(pair: tuple[soc
     ours.close()
     with pytest.raises(ConnectionError):
         engine.receive(None)
+
+
+def test_descriptors_come_beside_a_frame_and_stay_open(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    engine = EngineEnd(theirs)
+    memory = os.memfd_create("test")
+    socket.send_fds(ours, [encode_frame(add())], [memory, memory])
+    os.write(memory, b"same")
+    os.close(memory)
+    assert engine.receive(None) == [add()]
+    descriptors = engine.take_descriptors()
+    assert [os.pread(descriptor, 4, 0) for descriptor in descriptors] == [b"same"] * 2
+    assert not any(os.get_inheritable(descriptor) for descriptor in descriptors)
+    assert engine.take_descriptors() == []
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def test_engine_end_refuses_what_is_no_message(pair: tuple[socket.socket, socket.socket]) -> None:

@@ -91,5 +91,4 @@ def _row(step: Step) -> StepRow:
         stats.num_waiting,
         stats.num_kv_blocks_used,
         stats.num_kv_blocks_shared,
-        stats.prefill_rows,
     )

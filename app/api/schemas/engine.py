@@ -2,9 +2,8 @@
 
 import msgspec
 
-StepRow = tuple[int, float, int, float, int, int, int, int, int, int, int, tuple[int, ...]]
-"""number, at, generation, seconds, prefill, decode, cached, running, waiting, blocks used, blocks shared, tokens of
-each row that prefilled."""
+StepRow = tuple[int, float, int, float, int, int, int, int, int, int, int]
+"""number, at, generation, seconds, prefill, decode, cached, running, waiting, blocks used, blocks shared."""
 
 
 class Latency(msgspec.Struct, frozen=True):

@@ -45,10 +45,10 @@ export class Live {
     this.after = view.last_step;
     this.view = view;
     this.generation = view.generation;
-    for (const [, at, , , prefill, decode, cached, , , , , rows] of view.steps) {
+    for (const [, at, , , prefill, decode, cached] of view.steps) {
       const bin = Math.floor(at / BIN);
       this.bins.set(bin, (this.bins.get(bin) ?? 0) + decode);
-      if (prefill + decode > 0) this.steps.push({ prefill, decode, cached, rows });
+      if (prefill + decode > 0) this.steps.push({ prefill, decode, cached });
     }
     this.steps = this.steps.slice(-NUM_STEPS);
     const oldest = Math.floor((view.now - WINDOW) / BIN) - 1;
@@ -108,22 +108,12 @@ export class Live {
     this.steps.forEach((step, index) => {
       const x = 300 - (this.steps.length - index) * 4;
       let sum = 0;
-      const column = shape("g", {});
-      // Decoding rows have a token each; every row that prefills is a piece of its own.
-      for (const [kind, pieces] of [["decode", [step.decode]], ["prefill", step.rows], ["cached", [step.cached]]]) {
-        for (const tokens of pieces) {
-          if (!tokens) continue;
-          const low = height(sum);
-          sum += tokens;
-          const gap = pieces.length > 1 ? 0.8 : 0;
-          const size = Math.max(0.5, height(sum) - low - gap);
-          column.append(shape("rect", { x, y: 60 - low - size, width: 3, height: size, class: `b-${kind}` }));
-        }
+      for (const kind of ["decode", "prefill", "cached"]) {
+        if (!step[kind]) continue;
+        const low = height(sum);
+        sum += step[kind];
+        shapes.push(shape("rect", { x, y: 60 - height(sum), width: 3, height: height(sum) - low, class: `b-${kind}` }));
       }
-      const title = document.createElementNS(SVG, "title");
-      title.textContent = t("stepRows", step.decode, step.rows.length, step.rows.join(" + ") || 0, step.cached);
-      column.append(title);
-      shapes.push(column);
     });
     show("steps-chart", shapes, t("chartSteps", this.steps.length, total("decode"), total("prefill"), total("cached")));
     byId("steps-max").textContent = this.steps.length ? t("stepOf", largest) : "";

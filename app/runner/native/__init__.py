@@ -7,6 +7,7 @@ shape: a row's tokens depend on nothing that shares its batch, on no chunking, c
 from typing import TYPE_CHECKING
 
 from app.core.config import EngineConfig
+from app.core.memory import EngineMemory
 
 if TYPE_CHECKING:
     from app.runner.native.runner import NativeRunner
@@ -14,8 +15,11 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(config: EngineConfig) -> "NativeRunner":
-    """Load the model for this tier. Raises TierUnavailable, or ConfigurationError where no tier can serve it."""
+def load(config: EngineConfig, memory: EngineMemory | None = None) -> "NativeRunner":
+    """Load the model for this tier, or find it in `memory`.
+
+    Raises TierUnavailable, or ConfigurationError where no tier can serve it.
+    """
     from app.runner.native.loader import load as load_model  # numpy and all: `python -m ...build` needs none of it
 
-    return load_model(config)
+    return load_model(config, EngineMemory() if memory is None else memory)

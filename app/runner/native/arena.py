@@ -21,6 +21,19 @@ class Arena:
         self._used = -self._bytes.ctypes.data % _HUGE if num_bytes >= _HUGE else 0
         self._end = self._used + num_bytes
 
+    @classmethod
+    def within(cls, memory: NDArray[np.uint8]) -> "Arena":
+        """Over memory that is there: zero, and beginning at a cache line."""
+        arena = cls.__new__(cls)
+        arena.num_bytes = arena._end = len(memory)
+        arena._bytes, arena._used = memory, 0
+        return arena
+
+    @property
+    def address(self) -> int:
+        """Where the memory begins of which pieces are taken."""
+        return self._bytes.ctypes.data + self._end - self.num_bytes
+
     def take(self, count: int, dtype: DTypeLike) -> NDArray[np.generic]:
         """`count` zeroed elements, aligned to a cache line. Raises MemoryError beyond the arena's size."""
         size = aligned(count * np.dtype(dtype).itemsize)
@@ -29,6 +42,11 @@ class Arena:
         piece = self._bytes[self._used : self._used + count * np.dtype(dtype).itemsize].view(dtype)
         self._used += size
         return piece
+
+
+def own_arena(num_bytes: int) -> Arena:
+    """Memory of this process alone, in large pages where the kernel has them."""
+    return Arena(num_bytes, huge_pages=True)
 
 
 def aligned(num_bytes: int) -> int:

@@ -10,9 +10,7 @@ temporary file and renames it, so that processes that build at once cannot harm 
 import hashlib
 import logging
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -55,6 +53,8 @@ def find_or_build(level: Level, *, cache: Path | None = None, compiler: str | No
         path = build(level, cache, compiler=compiler)
     except OSError as error:
         # Nowhere to keep it: build for this process alone.
+        import tempfile
+
         folder = Path(tempfile.mkdtemp(prefix="headwater-native-"))
         path = build(level, folder, compiler=compiler)
         _log.warning("cannot keep the native kernels in %s (%s): built for this start only", cache, error.strerror)
@@ -64,6 +64,8 @@ def find_or_build(level: Level, *, cache: Path | None = None, compiler: str | No
 
 def build(level: Level, folder: Path, *, compiler: str | None = None) -> Path:
     """Compile the library of `level` into `folder`. Raises TierUnavailable, or OSError for the folder."""
+    import tempfile  # here: most starts build nothing
+
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / library_name(level)
     handle, temporary = tempfile.mkstemp(prefix=".building-", suffix=".so", dir=folder)
@@ -101,6 +103,8 @@ def _flags(level: Level) -> tuple[str, ...]:
 
 
 def _compile(level: Level, target: Path, *, compiler: str) -> None:
+    import subprocess
+
     sources = sorted(str(path) for path in SOURCES.glob("*.c"))
     command = [compiler, *_flags(level), *sources, "-o", str(target), "-lpthread", "-lm"]
     try:

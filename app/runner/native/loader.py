@@ -1,23 +1,29 @@
 """Builds a NativeRunner from a configuration, or says in one clause why it cannot serve here."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from app.core.config import EngineConfig
 from app.core.errors import ConfigurationError
+from app.core.memory import EngineMemory
 from app.core.plan import LogitsNeed, PlanEntry, RowStart, StepPlan
 from app.core.types import SamplingParams
 from app.runner.base import RunnerInfo, TierUnavailable
 from app.runner.memory import KVPlan, available_memory, num_cpus, plan_kv
+from app.runner.native.arena import Arena
 from app.runner.native.blocks import is_in_blocks
 from app.runner.native.budget import DEFAULT_TARGET_MS, tokens_for_target
 from app.runner.native.build import find_or_build
 from app.runner.native.families import ModelShape, read_shape
+from app.runner.native.kept_weights import find_or_pack, pack_key
 from app.runner.native.levels import Level, choose_level
 from app.runner.native.library import Library
 from app.runner.native.model import BLOCK_SIZE, NativeModel
+from app.runner.native.pool import held_bytes
 from app.runner.native.precision import QUANTIZATIONS, precision_of
 from app.runner.native.runner import NativeRunner
 from app.runner.native.weights import ModelWeights, load_weights
@@ -30,8 +36,8 @@ _AS_IT_IS = "int4"
 """The quantization that keeps the blocks of a .gguf."""
 
 
-def load(config: EngineConfig) -> NativeRunner:
-    """Load the model for the native tier.
+def load(config: EngineConfig, memory: EngineMemory) -> NativeRunner:
+    """Load the model for the native tier, or map what an earlier engine left in `memory`.
 
     Raises TierUnavailable where this tier cannot serve it here, ConfigurationError where no tier can.
     """
@@ -39,21 +45,35 @@ def load(config: EngineConfig) -> NativeRunner:
     model_dir = Path(config.model_dir)
     shape = read_shape(model_dir)
     level = choose_level()
-    library = Library(find_or_build(level))
+    library_path = find_or_build(level)
+    library = Library(library_path)
     num_threads = min(num_cpus(), _MOST_THREADS) if config.num_threads is None else config.num_threads
     quantization = _quantization(config, model_dir)
-    weights = load_weights(model_dir, shape, library, precision=precision_of(quantization), num_threads=num_threads)
-    kv = _plan_kv(config, shape)
-    model = NativeModel(shape, weights, num_blocks=kv.num_blocks, max_model_len=kv.max_model_len)
+    precision = precision_of(quantization)
+    key = pack_key(model_dir, library_path, quantization)
 
-    def runner_with(max_num_batched_tokens: int, threads: int) -> NativeRunner:
-        info = _info(config, shape, weights, quantization, kv, level, num_threads, max_num_batched_tokens)
-        return NativeRunner(library, model, info, eos_token_ids=config.eos_token_ids, num_threads=threads)
+    def pack(make_arena: Callable[[int], Arena]) -> ModelWeights:
+        return load_weights(
+            model_dir, shape, library, precision=precision, num_threads=num_threads, make_arena=make_arena
+        )
 
-    if config.max_num_batched_tokens is not None:
-        return runner_with(config.max_num_batched_tokens, num_threads)
-    budget = _measure_budget(runner_with(BLOCK_SIZE, 1), config, kv, num_threads=num_threads)
-    return runner_with(budget, num_threads)
+    weights, kept = find_or_pack(memory.weights, key, pack)
+    kv = _plan_kv(config, shape, held=held_bytes(memory.kv))
+    model = NativeModel(
+        shape, weights, num_blocks=kv.num_blocks, max_model_len=kv.max_model_len, kv_descriptor=memory.kv
+    )
+    kept = msgspec.structs.replace(kept, has_kv=model.pool.is_kept, reason=kept.reason or model.pool.reason)
+    info = _info(config, shape, weights, quantization, kv, level, num_threads)
+
+    def runner_of(model: NativeModel, max_num_batched_tokens: int, *, threads: int) -> NativeRunner:
+        told = msgspec.structs.replace(info, max_num_batched_tokens=max_num_batched_tokens, kept=kept)
+        return NativeRunner(library, model, told, eos_token_ids=config.eos_token_ids, num_threads=threads)
+
+    budget = config.max_num_batched_tokens
+    if budget is None:  # measured in a pool of its own: the other may hold what an earlier engine computed
+        probe = NativeModel(shape, weights, num_blocks=1, max_model_len=BLOCK_SIZE)
+        budget = _measure_budget(runner_of(probe, BLOCK_SIZE, threads=1), config, kv, num_threads=num_threads)
+    return runner_of(model, budget, threads=num_threads)
 
 
 def _check_settings(config: EngineConfig) -> None:
@@ -80,13 +100,14 @@ def _quantization(config: EngineConfig, model_dir: Path) -> str | None:
     )
 
 
-def _plan_kv(config: EngineConfig, shape: ModelShape) -> KVPlan:
+def _plan_kv(config: EngineConfig, shape: ModelShape, *, held: int) -> KVPlan:
+    """`held`: bytes that the pool has already."""
     if config.max_model_len is not None and config.max_model_len > shape.max_positions:
         raise ConfigurationError(
             f"--max-model-len {config.max_model_len} is beyond the model's context of {shape.max_positions} tokens"
         )
     return plan_kv(
-        available_bytes=available_memory(),
+        available_bytes=available_memory() + held,
         bytes_per_token=shape.kv_bytes_per_token,
         block_size=BLOCK_SIZE,
         max_model_len=shape.max_positions if config.max_model_len is None else config.max_model_len,
@@ -105,8 +126,8 @@ def _info(
     kv: KVPlan,
     level: Level,
     num_threads: int,
-    max_num_batched_tokens: int,
 ) -> RunnerInfo:
+    """All but the token budget and what is kept."""
     dtype = "bfloat16" if quantization is None else quantization
     threads = f"{num_threads} thread{'s' if num_threads > 1 else ''}"
     return RunnerInfo(
@@ -120,7 +141,7 @@ def _info(
         block_size=BLOCK_SIZE,
         kv_bytes=kv.num_bytes,
         weight_bytes=weights.num_bytes,
-        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_batched_tokens=BLOCK_SIZE,
         row_independent=True,
         fingerprint=f"native-{level.name}-{dtype}-k{KERNEL_EPOCH}-s{SAMPLER_EPOCH}-"
         f"{weights.digest[:16]}-{_config_digest(config)}",
@@ -138,7 +159,7 @@ def _config_digest(config: EngineConfig) -> str:
 
 
 def _measure_budget(runner: NativeRunner, config: EngineConfig, kv: KVPlan, *, num_threads: int) -> int:
-    """Time prefill steps in the first blocks, which nobody holds yet."""
+    """Time prefill steps in the first block of a pool that nobody else uses."""
 
     def run_step(num_tokens: int) -> None:
         token_ids = tuple(np.random.default_rng(0).integers(0, runner.info.vocab_size, num_tokens).tolist())

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from app.runner.native.arena import Arena
 from app.runner.native.families import ModelShape
 from app.runner.native.library import CLayer, CLinear, CModel, address
+from app.runner.native.pool import KVPool
 from app.runner.native.weights import LayerWeights, ModelWeights, padded
 
 BLOCK_SIZE = 64
@@ -17,11 +17,22 @@ BLOCK_SIZE = 64
 class NativeModel:
     """Owns every array that `struct` points to."""
 
-    def __init__(self, shape: ModelShape, weights: ModelWeights, *, num_blocks: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        weights: ModelWeights,
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        kv_descriptor: int | None = None,
+    ) -> None:
+        """`kv_descriptor`: a memfd for the KV pool, where it shall outlive this process."""
         self.shape = shape
         self.weights = weights
         self._cos, self._sin = rotation_tables(shape.inverse_frequencies, max_model_len)
-        self.kv = _kv_pool(shape, num_blocks)
+        num_elements = shape.num_kv_heads * BLOCK_SIZE * shape.head_dim
+        self.pool = KVPool(num_blocks, num_layers=shape.num_layers, num_elements=num_elements, descriptor=kv_descriptor)
+        self.kv = self.pool.array
         self._layers = (CLayer * shape.num_layers)(
             *(_layer_struct(layer, self.kv[0, index]) for index, layer in enumerate(weights.layers))
         )
@@ -66,17 +77,6 @@ def rotation_tables(
     positions = np.arange(num_positions, dtype=np.float32)
     angles = (positions[:, None] * inverse_frequencies[None, :]).astype(np.float64)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-
-
-def _kv_pool(shape: ModelShape, num_blocks: int) -> NDArray[Any]:
-    """(num_blocks, num_layers, 2, elements of K or V), zero: memory is taken as blocks are first written.
-
-    A block's layers lie together, so that large pages are filled block by block.
-    """
-    elements = shape.num_kv_heads * BLOCK_SIZE * shape.head_dim
-    arena = Arena(num_blocks * shape.num_layers * 2 * elements * 2, huge_pages=True)
-    pool = arena.take(num_blocks * shape.num_layers * 2 * elements, np.uint16)
-    return pool.reshape(num_blocks, shape.num_layers, 2, elements)
 
 
 def _layer_struct(layer: LayerWeights, first_kv: NDArray[Any]) -> CLayer:

@@ -101,6 +101,7 @@ class NativeRunner:
     def forward(self, plan: StepPlan) -> NativeForward:
         """Compute the plan; returns when it is done. See ModelRunner."""
         self.rows.begin(plan)
+        self.model.pool.reach(plan.entries)
         arrays = self._gather(plan.entries)
         forward = self._ask(plan.entries, arrays)
         self._call(self.library.forward, arrays, forward.wanted)

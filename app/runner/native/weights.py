@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from app.core.errors import ConfigurationError
 from app.runner.base import TierUnavailable
-from app.runner.native.arena import Arena, aligned
+from app.runner.native.arena import Arena, aligned, own_arena
 from app.runner.native.blocks import (
     BLOCK,
     BlockKind,
@@ -111,11 +111,20 @@ class ModelWeights:
 
 
 def load_weights(
-    model_dir: Path, shape: ModelShape, library: Library, *, precision: Precision, num_threads: int
+    model_dir: Path,
+    shape: ModelShape,
+    library: Library,
+    *,
+    precision: Precision,
+    num_threads: int,
+    make_arena: Callable[[int], Arena] = own_arena,
 ) -> ModelWeights:
-    """Map, check and pack. Raises ConfigurationError (broken files), TierUnavailable (tensors unknown)."""
+    """Map, check and pack into the arena that is made.
+
+    Raises ConfigurationError (broken files), TierUnavailable (tensors unknown).
+    """
     tensors = read_blocks(model_dir) if is_in_blocks(model_dir) else read_tensors(model_dir)
-    packer = _Packer(shape, library, tensors, precision)
+    packer = _Packer(shape, library, tensors, precision, make_arena)
     layers = tuple(packer.layer(index) for index in range(shape.num_layers))
     head, embedding = packer.head_and_embedding()
     final_norm = packer.vector("model.norm.weight", shape.hidden, pad=padded(shape.hidden))
@@ -153,12 +162,13 @@ class _Packer:
     library: Library
     tensors: dict[str, Tensor]
     precision: Precision
+    make_arena: Callable[[int], Arena]
     jobs: list[Callable[[], None]] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     block_types: Counter[SourceType] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.arena = Arena(self._arena_bytes(), huge_pages=True)
+        self.arena = self.make_arena(self._arena_bytes())
 
     def layer(self, index: int) -> LayerWeights:
         shape, forms, prefix = self.shape, self.precision, f"model.layers.{index}."

@@ -3,12 +3,13 @@
 import torch
 
 from app.core.config import EngineConfig
+from app.core.memory import EngineMemory
 from app.runner.base import TierUnavailable
 from app.runner.torch.build import build_runner
 from app.runner.torch.runner import TorchRunner
 
 
-def load(config: EngineConfig) -> TorchRunner:
+def load(config: EngineConfig, _memory: EngineMemory | None = None) -> TorchRunner:
     """Load the model for this tier.
 
     Raises TierUnavailable where this tier cannot serve it here, ConfigurationError where no tier can.
