@@ -17,6 +17,7 @@ from loadtest.faults.canaries import run_canaries
 from loadtest.faults.determinism import run_determinism
 from loadtest.faults.kills import run_kills
 from loadtest.faults.ledger import RESULTS, Ledger, read
+from loadtest.faults.machine import run_machines
 from loadtest.faults.matrix import cells, run_matrix
 from loadtest.faults.poison import run_poison
 from loadtest.faults.portable import chats, completions, run_portable
@@ -180,6 +181,11 @@ async def _determinism(ledger: Ledger, seconds: float, seed: int) -> None:
     await run_determinism(ledger, num_prompts=200, seconds=seconds, seed=seed)
 
 
+async def _machine(ledger: Ledger, seconds: float, seed: int) -> None:
+    done = sum(trial.count for trial in read() if trial.item == "machine")
+    await run_machines(ledger, num_rules=1_000_000 - done, seconds=seconds)
+
+
 async def _price(ledger: Ledger, seconds: float, seed: int) -> None:
     await run_price(ledger, seconds=seconds)
 
@@ -194,6 +200,7 @@ ITEMS: dict[str, tuple[Callable[[Ledger, float, int], Coroutine[None, None, None
     "aborts": (_aborts, 1.0),
     "canaries": (_canaries, 1.0),
     "determinism": (_determinism, 2.0),
+    "machine": (_machine, 2.0),
     "price": (_price, 0.5),
 }
 """What there is to run, and its share of the time."""

@@ -80,6 +80,15 @@ _SIMPLE = (
         "tier: distinct outputs for each prompt must be 1. One trial is one prompt in one arrangement.",
     ),
     (
+        "machine",
+        "Any order of events",
+        "A Hypothesis state machine over scheduler, block pool and journal (`tests/property/handover_machine.py`): "
+        "requests, steps, messages that arrive or are lost, deaths from outside and by a poison, aborts, and clients "
+        "that go on elsewhere, in any order on engines of any small size. After each rule all invariants of pool and "
+        "scheduler hold, and each client has a prefix of its own answer; in the end each has all of it, and who was "
+        "convicted was guilty. One trial is one rule; the plan asks for 1,000,000. Figures are of parts of the run.",
+    ),
+    (
         "price",
         "Price of journal and supervisor",
         "CPU time of journal, supervisor and message "
