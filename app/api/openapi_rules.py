@@ -22,7 +22,6 @@ _NOT_EMPTY: Schema = {"type": "array", "minItems": 1}
 _EMPTY: Schema = {"anyOf": [{"type": "array", "maxItems": 0}, _NULL]}
 _TOKEN_ID: Schema = {"type": "integer", "minimum": 0, "exclusiveMaximum": INT32}
 _JSON_FORMAT: Schema = {"type": "object", "properties": {"type": {"enum": ["json_object", "json_schema"]}}}
-_JSON_TEXT: Schema = {"type": "object", "properties": {"format": _JSON_FORMAT}, "required": ["format"]}
 _FORCED: Schema = {"anyOf": [{"const": "required"}, {"type": "object"}]}
 _FORCED_MESSAGES: Schema = {"type": "object", "properties": {"type": {"enum": ["any", "tool"]}}}
 
@@ -68,11 +67,6 @@ def _excludes(field: str, value: Schema, **others: Schema) -> Schema:
     return _when({field: value}, others)
 
 
-def _grammar_excludes(field: str, value: Schema) -> Schema:
-    """What would end the output before its grammar does."""
-    return _excludes(field, value, stop=_EMPTY, stop_token_ids=_EMPTY, ignore_eos=_NOT_TRUE)
-
-
 def _function() -> Schema:
     return {"required": ["type", "name"], "properties": {"type": {"const": "function"}, "name": _TEXT}}
 
@@ -82,8 +76,6 @@ _SHARED: tuple[Schema, ...] = (
     _excludes("prompt_logprobs", {"type": "integer"}, stream=_NOT_TRUE),
     _needs("truncation_side", _TEXT, "truncate_prompt_tokens", {"type": "integer"}),
     _excludes("response_format", _JSON_FORMAT, structured_outputs=_NULL),
-    _grammar_excludes("response_format", _JSON_FORMAT),
-    _grammar_excludes("structured_outputs", {"type": "object"}),
 )
 _ONE_OF_PROMPT: tuple[Schema, ...] = (_excludes("continue_final_message", _TRUE, add_generation_prompt=_NOT_TRUE),)
 _MESSAGES: tuple[Schema, ...] = (_needs("tool_choice", _FORCED_MESSAGES, "tools", _NOT_EMPTY),)
@@ -94,7 +86,7 @@ _CONDITIONS: Mapping[str, tuple[Schema, ...]] = MappingProxyType(
             *_ONE_OF_PROMPT,
             _needs("top_logprobs", {"type": "integer", "minimum": 1}, "logprobs", _TRUE),
             _needs("tool_choice", _FORCED, "tools", _NOT_EMPTY),
-            _excludes("tool_choice", _FORCED, stop=_EMPTY, stop_token_ids=_EMPTY, ignore_eos=_NOT_TRUE),
+            _excludes("tool_choice", _FORCED, stop=_EMPTY, stop_token_ids=_EMPTY),
             {
                 "if": {
                     "properties": {"tools": _NOT_EMPTY, "structured_outputs": {"type": "object"}},
@@ -109,7 +101,6 @@ _CONDITIONS: Mapping[str, tuple[Schema, ...]] = MappingProxyType(
             _needs("stream_options", {"type": "object"}, "stream", _TRUE),
             _needs("tool_choice", _FORCED, "tools", _NOT_EMPTY),
             _excludes("tool_choice", _FORCED, stop=_EMPTY),
-            _excludes("text", _JSON_TEXT, stop=_EMPTY),
         ),
         "StreamOptions": (_needs("resume_token_ids", _NOT_EMPTY, "resumable", _TRUE),),
         "ResponseStreamOptions": ({"properties": {"include_obfuscation": _NOT_TRUE}},),

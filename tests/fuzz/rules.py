@@ -45,7 +45,14 @@ RULES: tuple[Rule, ...] = (
     _rule("choices of a resumable stream", 400, r"^A resumable stream has at most", _TWO_FIELDS),
     _rule("tool names", 400, r"`tools\[\d+\]` has the name of an earlier one", "one field of all items is compared"),
     _rule("tool choice", 400, r"names a function that is not among the `tools`", "two fields are compared"),
-    _rule("grammar", 400, r"^`(structured_outputs|response_format|tools)`: ", _LANGUAGE),
+    _rule("thinking", 400, r"^`thinking` is accepted as disabled only", _MODEL),
+    _rule("tokens left", 400, r"`allowed_token_ids`.*none is left to draw|leave no token to draw", _MODEL),
+    _rule(
+        "grammar",
+        400,
+        r"^`(structured_outputs|response_format|text\.format|tools)`: |^The output cannot go on within the grammar",
+        _LANGUAGE,
+    ),
 )
 
 
