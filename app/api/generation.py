@@ -151,9 +151,11 @@ class GenerationAnswer:
     async def send(self, send: Send) -> None:
         """Run all sequences and send the answer."""
         reason = FinishReason.ABORT
-        if self._portable is not None:
-            self._portable.open()
         try:
+            if self._portable is not None:
+                self._portable.open()
+                async with self._deadline.hold():
+                    await self._portable.catch_up()
             if self._request.stream:
                 await self._send_stream(send)
             else:
@@ -170,8 +172,9 @@ class GenerationAnswer:
     def _admit(self, texts: Sequence[SequenceText], limits: EngineLimits) -> list[LiveSequence]:
         """Nothing may fail behind it: from here on `send` gives the places back."""
         context, arrived = self._context, self._record.arrived
-        counts = [len(text.prepared.prompt.token_ids) + text.num_output_tokens for text in texts]
-        num_param_ids = num_ids(texts[0].prepared.engine_request.params) if texts else 0
+        requests = [self._request_of(text.prepared) for text in texts]
+        counts = [len(request.prompt_token_ids) + len(request.output_token_ids) for request in requests]
+        num_param_ids = num_ids(requests[0].params) if requests else 0
         share = self._record.share
         places = context.admission.admit(
             counts, max_model_len=limits.max_model_len, num_param_ids=num_param_ids, share=share
@@ -187,6 +190,9 @@ class GenerationAnswer:
             context.metrics.params_max_tokens.observe(prepared.engine_request.params.max_tokens)
             live.append(LiveSequence(prepared, text=text, meter=meter, place=place))
         return live
+
+    def _request_of(self, prepared: PreparedSequence) -> EngineRequest:
+        return prepared.engine_request if self._portable is None else self._portable.starts[prepared.index].request
 
     async def _run_all(self, emit: Emit) -> None:
         """Run every sequence to its end. The first error ends the others."""

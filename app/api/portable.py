@@ -8,7 +8,8 @@ has is checked by digest: it gets the next words of its own answer, or an error.
 Invariant: what is kept of a stream is given to its owner alone, by its key in `app.api.kept`.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from enum import IntEnum
@@ -26,6 +27,7 @@ from app.api.translate import PreparedGeneration
 from app.client.engine_client import EngineClient
 from app.core.types import EngineOutput, EngineRequest, TokenLogprobs
 
+_PART_TOKENS = 64
 _UNKNOWN_LOGPROBS = TokenLogprobs(0.0, 1, (), ())
 """Of tokens whose events are not sent again."""
 
@@ -82,6 +84,7 @@ class PortableStream:
         self.cursor = cursor
         self.starts = tuple(starts)
         self._form: ResumableForm | None = None
+        self._texts: tuple[SequenceText, ...] = ()
         self._kept = kept
         self._record = StreamRecord(stream_key(generation, cursor), tuple(start.record for start in starts))
 
@@ -97,28 +100,54 @@ class PortableStream:
         return [] if self.source is None else [(b"headwater-resumed", self.source.name.lower().encode())]
 
     def form(self, form: AnswerForm, texts: Sequence[SequenceText]) -> ResumableForm:
-        """The form of its events, when all that is known already has been said. Raises ResumeConflict."""
-        resumable = self._form = ResumableForm(form, texts, start=self.cursor)
-        for index, (start, text) in enumerate(zip(self.starts, texts, strict=True)):
+        """The form of its events."""
+        self._form = ResumableForm(form, texts, start=self.cursor)
+        self._texts = tuple(texts)
+        for start, text in zip(self.starts, texts, strict=True):
             if start.at is None:
                 continue
             text.num_cached_tokens = start.at.num_cached_tokens
             if start.is_over:
                 text.num_output_tokens = start.at.position
                 text.num_reasoning_tokens = start.at.num_reasoning_tokens
-                continue
-            params = text.prepared.engine_request.params
-            if params.num_prompt_logprobs is not None:
+            elif text.prepared.engine_request.params.num_prompt_logprobs is not None:
                 text.prompt_logprobs += [_UNKNOWN_LOGPROBS] * (len(start.request.prompt_token_ids) - 1)
-            if start.replayed:
-                _replay(start, text, resumable, index)
-        return resumable
+        return self._form
+
+    async def catch_up(self) -> None:
+        """Say, unsent, what is known of what the client has. Raises ResumeConflict where it has something else."""
+        for index, (start, text) in enumerate(zip(self.starts, self._texts, strict=True)):
+            asks_logprobs = text.prepared.engine_request.params.num_logprobs is not None
+            logprobs = (_UNKNOWN_LOGPROBS,) * len(start.replayed) if asks_logprobs else ()
+            known = EngineOutput(
+                start.request.request_id, start.replayed, logprobs, num_cached_tokens=text.num_cached_tokens
+            )
+            for part in _in_parts(known):
+                self._say_again(index, part)
+                await asyncio.sleep(0)
+
+    def _say_again(self, index: int, part: EngineOutput) -> None:
+        start, delta = self.starts[index], self._texts[index].feed(part)
+        if delta is None:  # of a choice of which nothing is known
+            return
+        assert self._form is not None
+        try:
+            self._form.event(index, delta)
+        except ResumeDiverged as error:
+            whose = "`resume_token_ids`" if start.source is Source.TOKENS else f"`{LAST_EVENT_ID}`"
+            raise ResumeConflict(
+                f"{whose}: {error.message} Send what the stream's events said.",
+                param=LAST_EVENT_ID,
+                code="text_differs",
+            ) from error
 
     async def outputs(self, index: int, engine: EngineClient) -> AsyncGenerator[EngineOutput, None]:
         """What the choice's text must be fed, from where it stands. Close it to abort the sequence."""
         start = self.starts[index]
         if start.pending is not None:
-            yield start.pending
+            for part in _in_parts(start.pending):
+                yield part
+                await asyncio.sleep(0)
             if start.pending.finish_reason is not None:
                 return
         num_silent = start.num_silent
@@ -154,21 +183,12 @@ def stream_key(generation: PreparedGeneration, cursor: Cursor) -> StreamKey:
     return StreamKey(owner, cursor.request_id, cursor.created, cursor.seed, cursor.prompts, cursor.parameters)
 
 
-def _replay(start: Start, text: SequenceText, form: ResumableForm, index: int) -> None:
-    """Say, unsent, what is known of what the client has."""
-    params = text.prepared.engine_request.params
-    logprobs = () if params.num_logprobs is None else (_UNKNOWN_LOGPROBS,) * len(start.replayed)
-    delta = text.feed(
-        EngineOutput(start.request.request_id, start.replayed, logprobs, num_cached_tokens=text.num_cached_tokens)
-    )
-    assert delta is not None
-    try:
-        form.event(index, delta)
-    except ResumeDiverged as error:
-        whose = "`resume_token_ids`" if start.source is Source.TOKENS else f"`{LAST_EVENT_ID}`"
-        raise ResumeConflict(
-            f"{whose}: {error.message} Send what the stream's events said.", param=LAST_EVENT_ID, code="text_differs"
-        ) from error
+def _in_parts(output: EngineOutput) -> Iterator[EngineOutput]:
+    """A few tokens at a time: between two parts, which become text, other requests have their turn."""
+    while len(output.token_ids) > _PART_TOKENS:
+        part, output = _divide(output, _PART_TOKENS)
+        yield part
+    yield output
 
 
 def _divide(output: EngineOutput, count: int) -> tuple[EngineOutput, EngineOutput]:

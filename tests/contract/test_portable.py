@@ -228,6 +228,36 @@ def test_another_request_is_a_conflict_that_names_what_differs(
         assert (error["code"], error["param"], error["type"]) == (code, "Last-Event-ID", "invalid_request_error")
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"messages": USER, "max_tokens": 5, "stream": True}),
+        ("/v1/responses", {"input": "Hi", "stream": True}),
+        ("/v1/completions", {"prompt": "Hi", "stream": True}),
+        ("/v1/completions", {"prompt": "Hi"}),
+    ],
+)
+def test_what_cannot_go_on_says_so(first: FakeServer, path: str, body: Body) -> None:
+    cursor = events_of(first.post(body_of("plain")[1], COMPLETIONS))[2].id
+    refused = first.post(body, path, **{"last-event-id": cursor})
+    assert refused.status_code == 400 and "resumable" in refused.text
+    assert first.post(body, path, **{"last-event-id": ""}).status_code == 200
+
+
+def test_a_long_stream_goes_on_in_parts(first: FakeServer, second: FakeServer) -> None:
+    """More tokens than are made text of in one go."""
+    path, body = body_of("token ids")
+    body |= {"max_tokens": 400, "ignore_eos": True, "logprobs": 1}
+    for server in (first, second):
+        say(server, "plain")
+    whole = events_of(first.post(body, path))
+    for server, count in ((first, 3), (first, 300), (second, 300)):
+        ids = token_ids_of(whole[:count], 1)
+        rest = events_of(resumed(server, body, path, cursor=whole[count - 1].id, token_ids=ids))
+        assert said(whole[:count] + rest) == said(whole)
+        assert max(len(event.chunk["choices"][0]["token_ids"]) for event in rest[:-1]) <= 64
+
+
 def test_another_route_is_another_request(first: FakeServer) -> None:
     path, body = body_of("plain")
     cursor = events_of(first.post(body, path))[2].id
