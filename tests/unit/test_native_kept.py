@@ -154,7 +154,7 @@ def test_measuring_the_token_budget_leaves_the_pool_alone(tmp_path: Path, memory
 
 
 def test_pools_take_memory_as_blocks_are_reached() -> None:
-    """Blocks of 64 KiB, 1,024 of which are made ready at once."""
+    """Blocks of 64 KiB, 512 of which are made ready at once."""
     descriptor = os.memfd_create("pool", os.MFD_CLOEXEC)
 
     def held() -> int:
@@ -163,8 +163,10 @@ def test_pools_take_memory_as_blocks_are_reached() -> None:
     try:
         reach = _reaching(pool := KVPool(4096, num_layers=2, num_elements=1 << 13, descriptor=descriptor))
         assert pool.is_kept, pool.reason
-        assert held() == LARGE_PAGE
-        reach(600)
+        assert held() == 16 * LARGE_PAGE
+        reach(511)
+        assert held() == 16 * LARGE_PAGE
+        reach(512)
         assert held() == 32 * LARGE_PAGE
         reach(10)
         assert held() == 32 * LARGE_PAGE
