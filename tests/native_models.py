@@ -55,12 +55,9 @@ def makes_large_pages() -> bool:
     """Whether this kernel lets memory outlive an engine (Linux 6.1)."""
     descriptor = os.memfd_create("probe", os.MFD_CLOEXEC)
     try:
-        SharedMapping(descriptor, 1, is_writable=True).enlarge_pages(0, 1)
-    except OSError:
-        return False
+        return SharedMapping(descriptor, 1, is_writable=True).enlarge_pages(0, 1)
     finally:
         os.close(descriptor)
-    return True
 
 
 def write_model(folder: Path, changes: Mapping[str, Any] | None = None, *, seed: int = 0) -> Path:

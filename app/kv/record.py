@@ -13,13 +13,17 @@ written last. A stamp orders free blocks by when they were let go; 0 is a block 
 
 import mmap
 import os
+import struct
 from hashlib import blake2b
 
 KEY_BYTES = 32
 _HASH_BYTES = 32
 _HEADER_BYTES = 64
-_ENTRY_BYTES = 48
+_ENTRY = struct.Struct("<QQ32s")
+_ENTRY_BYTES = _ENTRY.size
 _ENTRY_WORDS = _ENTRY_BYTES // 8
+_IN_USE = 1 << 64
+"""Above every stamp."""
 _MAGIC = int.from_bytes(b"HWblock1", "little")
 
 
@@ -51,16 +55,19 @@ class BlockRecord:
     def entries(self) -> list[tuple[int, bytes]]:
         """Block id and hash of each sealed block: the free ones as they were let go, then those that were in use.
 
-        A hash that stands at several blocks names the first of them.
+        A hash that stands at several blocks names the first of them; the others are forgotten.
         """
         found: dict[bytes, tuple[int, int]] = {}
-        for block_id in range(self.num_blocks):
-            word = self._word(block_id)
-            block_hash = self._hash(block_id)
-            if self._words[word] == self._checksum(block_id, block_hash):
-                found.setdefault(block_hash, (self._words[word + 1] or 1 << 64, block_id))
+        entries = _ENTRY.iter_unpack(self._bytes[_HEADER_BYTES : size_of(self.num_blocks)])
+        for block_id, (checksum, stamp, block_hash) in enumerate(entries):
+            if not checksum or checksum != _checksum(block_id, block_hash):
+                continue
+            if block_hash in found:
+                self.forget(block_id)
+            else:
+                found[block_hash] = (stamp or _IN_USE, block_id)
         ordered = sorted((stamp, block_id, block_hash) for block_hash, (stamp, block_id) in found.items())
-        self._last_stamp = max((stamp for stamp, _, _ in ordered if stamp < 1 << 64), default=0)
+        self._last_stamp = max((stamp for stamp, _, _ in ordered if stamp < _IN_USE), default=0)
         return [(block_id, block_hash) for _, block_id, block_hash in ordered]
 
     def seal(self, block_id: int, block_hash: bytes) -> None:
@@ -70,7 +77,7 @@ class BlockRecord:
         self._words[word + 1] = 0
         start = (word + 2) * 8
         self._bytes[start : start + _HASH_BYTES] = block_hash
-        self._words[word] = self._checksum(block_id, block_hash)
+        self._words[word] = _checksum(block_id, block_hash)
 
     def forget(self, block_id: int) -> None:
         """A block is about to get other contents."""
@@ -88,14 +95,6 @@ class BlockRecord:
     def _word(self, block_id: int) -> int:
         return _HEADER_BYTES // 8 + block_id * _ENTRY_WORDS
 
-    def _hash(self, block_id: int) -> bytes:
-        start = (self._word(block_id) + 2) * 8
-        return bytes(self._bytes[start : start + _HASH_BYTES])
-
-    def _checksum(self, block_id: int, block_hash: bytes) -> int:
-        digest = blake2b(block_hash + block_id.to_bytes(8, "little"), key=self._key, digest_size=8).digest()
-        return int.from_bytes(digest, "little") | 1  # never 0, which is no entry
-
     def _is_mine(self) -> bool:
         return self._words[0] == _MAGIC and bytes(self._bytes[8:_HEADER_BYTES]) == self._header()
 
@@ -109,6 +108,11 @@ class BlockRecord:
         """Behind the magic."""
         fields = self.num_blocks.to_bytes(8, "little") + self._key
         return fields + blake2b(fields, digest_size=_HEADER_BYTES - 8 - len(fields)).digest()
+
+
+def _checksum(block_id: int, block_hash: bytes) -> int:
+    digest = blake2b(block_hash + block_id.to_bytes(8, "little"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") | 1  # never 0, which is no entry
 
 
 def size_of(num_blocks: int) -> int:

@@ -147,6 +147,9 @@ def test_a_hash_that_stands_twice_names_one_block() -> None:
     record.seal(4, name(1))
     record.seal(2, name(1))
     assert reopened(memory) == [(2, name(1))]
+    assert BlockRecord(memory, NUM_BLOCKS, key=KEY).entries() == [(2, name(1))]
+    record.forget(2)
+    assert reopened(memory) == [], "the other one may have been written over"
 
 
 def test_it_lies_in_a_memfd() -> None:

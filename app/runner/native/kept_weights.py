@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from app.core.memory import KeptMemory
 from app.runner.native.arena import Arena, aligned, own_arena
-from app.runner.native.mapping import Mapping
+from app.runner.native.mapping import NO_LARGE_PAGES, Mapping
 from app.runner.native.weights import ModelWeights
 
 LAYOUT_VERSION = 1
@@ -105,12 +105,16 @@ class KeptWeights:
         try:
             os.ftruncate(self._descriptor, 0)  # whatever an engine left behind that did not finish
             mapping = Mapping(self._descriptor, _ARENA_AT + num_bytes, is_writable=True)
-            mapping.enlarge_pages(0, _ARENA_AT + num_bytes)
         except OSError as error:
-            self.reason = f"packed weights are the engine's own: {error.strerror}"
-            return own_arena(num_bytes)
+            return self._own_arena(num_bytes, str(error.strerror))
+        if not mapping.enlarge_pages(0, _ARENA_AT + num_bytes):
+            return self._own_arena(num_bytes, NO_LARGE_PAGES)
         self._arena = Arena.within(mapping.bytes[_ARENA_AT : _ARENA_AT + num_bytes])
         return self._arena
+
+    def _own_arena(self, num_bytes: int, why: str) -> Arena:
+        self.reason = f"packed weights are the engine's own: {why}"
+        return own_arena(num_bytes)
 
     def _write(self, weights: ModelWeights) -> None:
         assert self._arena is not None

@@ -18,6 +18,7 @@ LARGE_PAGE = 2 << 20
 _MADV_COLLAPSE = 25
 _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
+NO_LARGE_PAGES = "this kernel makes no large pages of shared memory"
 
 
 class Mapping:
@@ -35,19 +36,17 @@ class Mapping:
         if not is_writable:
             self.bytes.flags.writeable = False
 
-    def enlarge_pages(self, begin: int, end: int) -> None:
-        """Give the bytes from `begin` to `end` memory, in large pages. Raises OSError where this kernel cannot.
+    def enlarge_pages(self, begin: int, end: int) -> bool:
+        """Give the bytes from `begin` to `end` memory, in large pages; False where this kernel cannot do that.
 
-        Where memory is too scattered now they stay small.
+        Where memory is too scattered, or too little, they stay small.
         """
         first, last = begin // LARGE_PAGE * LARGE_PAGE, min(-(-end // LARGE_PAGE) * LARGE_PAGE, self.num_bytes)
         if self.bytes.flags.writeable:
             pages = self.bytes[first:last:LARGE_PAGE]
             pages |= 0  # a page with nothing in it is not enlarged
-        if _libc().madvise(self._address + first, last - first, _MADV_COLLAPSE) != 0:
-            number = ctypes.get_errno()
-            if number == errno.EINVAL:
-                raise OSError(number, "this kernel makes no large pages of shared memory")
+        is_done: bool = _libc().madvise(self._address + first, last - first, _MADV_COLLAPSE) == 0
+        return is_done or ctypes.get_errno() != errno.EINVAL
 
 
 def _map(descriptor: int, num_bytes: int, *, is_writable: bool) -> int:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from app.core.plan import PlanEntry
 from app.runner.native.arena import Arena
-from app.runner.native.mapping import LARGE_PAGE, Mapping
+from app.runner.native.mapping import LARGE_PAGE, NO_LARGE_PAGES, Mapping
 
 _PIECE = 16 * LARGE_PAGE
 """Made ready at once, the first one while loading: about 22 blocks of the default model, of whose computing it takes
@@ -58,11 +58,13 @@ class KVPool:
         try:
             stat = os.fstat(descriptor)
             mapping = Mapping(descriptor, num_bytes, is_writable=True)
-            # Block ids are handed out from 0 upwards, so what has memory is a beginning of the file.
-            end = min(max(stat.st_blocks * 512, _PIECE), mapping.num_bytes)
-            mapping.enlarge_pages(0, end)
         except OSError as error:
             self.reason = f"the KV pool is the engine's own: {error.strerror}"
+            return None
+        # Block ids are handed out from 0 upwards, so what has memory is a beginning of the file.
+        end = min(max(stat.st_blocks * 512, _PIECE), mapping.num_bytes)
+        if not mapping.enlarge_pages(0, end):
+            self.reason = f"the KV pool is the engine's own: {NO_LARGE_PAGES}"
             return None
         self._ready_bytes = end
         return mapping
