@@ -78,7 +78,8 @@ async def prepare_chat(
     )
     prompt = fit_prompt(token_ids, request, limits, where="messages", text=rendered)
     is_split = request.separate_reasoning is not False
-    reasoning = plan_reasoning(context, rendered, continued=continued, is_split=is_split)
+    shows_special = request.skip_special_tokens is False
+    reasoning = plan_reasoning(context, rendered, continued=continued, is_split=is_split, shows_special=shows_special)
     return await prepare_sequences(
         request, [prompt], context, limits=limits, tenant=tenant, forced=forced, reasoning=reasoning
     )

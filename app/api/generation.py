@@ -135,7 +135,7 @@ class GenerationAnswer:
         """Of a streamed answer."""
         tokenizer, ends = context.tokenizer, limits.eos_token_ids
         texts = [
-            SequenceText(one, request, tokenizer, eos_token_ids=ends, reasoning=generation.reasoning_parser())
+            SequenceText(one, request, tokenizer, eos_token_ids=ends, reasoning=generation.reasoning)
             for one in generation.sequences
         ]
         self._form = prepared.make_form(head, texts)

@@ -1,6 +1,7 @@
 """What the served model's way of reasoning means for one request: where its output begins, and when a form holds."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -8,6 +9,7 @@ from app.api.deps import ServerContext
 from app.core.errors import InvalidRequest
 from app.core.types import Grammar
 from app.text.reasoning import ReasoningForm, ReasoningParser, Start
+from app.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,8 @@ class ReasoningPlan:
     """The tags as tokens, where they are each one."""
     is_split: bool = True
     """False: it stays in the text."""
+    hidden_tags: Mapping[int, str] = field(default_factory=dict)
+    """Tags that are control tokens, by id: the text of the output would be without them."""
 
     def parser(self) -> ReasoningParser | None:
         """A parser for one sequence."""
@@ -44,11 +48,12 @@ class ReasoningPlan:
 
 
 def plan_reasoning(
-    context: ServerContext, prompt: str, *, continued: str = "", is_split: bool = True
+    context: ServerContext, prompt: str, *, continued: str = "", is_split: bool = True, shows_special: bool = False
 ) -> ReasoningPlan | None:
     """The plan for the output of a rendered prompt; None where the model's reasoning, if any, is not known.
 
-    `continued` is the text of the message that the prompt goes on with.
+    `continued` is the text of the message that the prompt goes on with, `shows_special` whether control tokens are
+    part of the text.
     """
     form = context.reasoning
     if form is None:
@@ -59,4 +64,10 @@ def plan_reasoning(
         opening_id=context.tokenizer.token_id(form.opening),
         closing_id=context.tokenizer.token_id(form.closing),
         is_split=is_split,
+        hidden_tags={} if shows_special or not is_split else _hidden_tags(form, context.tokenizer),
     )
+
+
+def _hidden_tags(form: ReasoningForm, tokenizer: Tokenizer) -> dict[int, str]:
+    ids = {tokenizer.token_id(tag): tag for tag in (form.opening, form.closing)}
+    return {token_id: tag for token_id, tag in ids.items() if token_id is not None and tokenizer.is_special(token_id)}

@@ -6,15 +6,16 @@ Invariants: no part of a character and no part of a stop string is released; tok
 completed a stop string are neither shown nor counted; the last delta, and no other, has a finish reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from app.api.reasoning import ReasoningPlan
 from app.api.schemas.generation import GenerationRequest
 from app.api.translate import PreparedSequence
 from app.core.errors import EngineFailed, EngineUnavailable, InvalidRequest
 from app.core.types import EngineOutput, FinishReason, TokenLogprobs
 from app.text.detokenizer import Detokenizer
-from app.text.reasoning import ReasoningParser, ReasoningStep
+from app.text.reasoning import ReasoningStep
 from app.text.stop import StopMatcher, StopStep
 from app.text.tokenizer import Tokenizer
 
@@ -46,9 +47,9 @@ class SequenceText:
         tokenizer: Tokenizer,
         *,
         eos_token_ids: Sequence[int],
-        reasoning: ReasoningParser | None = None,
+        reasoning: ReasoningPlan | None = None,
     ) -> None:
-        """`reasoning` tells what is reasoning; None: all is answer."""
+        """`reasoning` says how it is told from the answer; None: all is answer."""
         self.prepared = sequence
         params = sequence.engine_request.params
         self._include_stop = bool(request.include_stop_str_in_output)
@@ -58,7 +59,8 @@ class SequenceText:
             tokenizer, request.skip_special_tokens is not False, after=sequence.prompt.token_ids
         )
         stops = request.stop_strings
-        self._reasoning = reasoning
+        self._reasoning = None if reasoning is None else reasoning.parser()
+        self._hidden_tags: Mapping[int, str] = {} if reasoning is None else reasoning.hidden_tags
         self._matcher = StopMatcher(stops, self._include_stop) if stops else None
         self.prompt_logprobs: list[TokenLogprobs] = []
         """Of prompt positions 1 and up; complete with the first delta."""
@@ -122,7 +124,7 @@ class SequenceText:
         matched: str | None = None
         count = 0
         for count, token_id in enumerate(self._shown_tokens(output), start=1):
-            text, matched = self._match(self._detokenizer.push((token_id,)), self.num_output_tokens + count)
+            text, matched = self._match(self._piece(token_id), self.num_output_tokens + count)
             parts.append(self._split(text, self.num_output_tokens + count))
             if matched is not None:
                 break
@@ -135,6 +137,9 @@ class SequenceText:
             parts.append(self._reasoning.finish())
         reasoning, text = "".join([one.reasoning for one in parts]), "".join([one.text for one in parts])
         return ReasoningStep(reasoning, text), count, matched
+
+    def _piece(self, token_id: int) -> str:
+        return self._detokenizer.push((token_id,)) + self._hidden_tags.get(token_id, "")
 
     def _match(self, piece: str, num_tokens: int) -> StopStep:
         """What of the text of token number `num_tokens` is certain to stand before any stop string."""

@@ -24,7 +24,6 @@ from app.api.schemas.generation import GenerationRequest
 from app.api.schemas.limits import GREEDY_BELOW, MAX_BAD_WORD_IDS
 from app.core.errors import InvalidRequest
 from app.core.types import EngineLimits, EngineRequest, Grammar, SamplingParams
-from app.text.reasoning import ReasoningParser
 from app.text.tokenizer import Tokenizer
 
 Number = TypeVar("Number", int, float)
@@ -63,10 +62,6 @@ class PreparedGeneration:
     """As the client would send it to get the same answer."""
     sequences: tuple[PreparedSequence, ...]
     reasoning: ReasoningPlan | None = None
-
-    def reasoning_parser(self) -> ReasoningParser | None:
-        """A parser for one of the sequences; None where reasoning is not told from answers."""
-        return None if self.reasoning is None else self.reasoning.parser()
 
 
 async def prepare_completion(

@@ -1,5 +1,6 @@
 """Reasoning told from answers, by the real clients: on chat, on Anthropic's messages, on responses."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -8,12 +9,12 @@ import anthropic
 import openai
 import pytest
 
-from app.api.reasoning import ReasoningPlan
+from app.api.reasoning import ReasoningPlan, plan_reasoning
 from app.core.errors import InvalidRequest
 from app.grammar import source
 from app.main import choose_reasoning
 from app.text import ChatTemplate
-from app.text.reasoning import FORMS, Start
+from app.text.reasoning import FORMS, ReasoningForm, Start
 from tests.contract.serving import MODEL, FakeServer, chunks_of, fake_server, message_events_of, wait_until
 from tests.contract.test_chat import SPECIAL, TEMPLATE, prompt_of
 from tests.text_tokenizers import byte_level
@@ -258,6 +259,14 @@ def test_the_parser_is_chosen_by_flag_or_template() -> None:
     assert choose_reasoning("auto", THINKS) == FORMS["qwen3"] == choose_reasoning("qwen3", None)
     assert choose_reasoning("auto", TEMPLATE) is None is choose_reasoning("auto", None)
     assert choose_reasoning("none", THINKS) is None and choose_reasoning("deepseek_r1", TEMPLATE) is not None
+
+
+def test_tags_that_are_control_tokens_are_found(server: FakeServer) -> None:
+    context = dataclasses.replace(server.context, reasoning=ReasoningForm("<|start|>", "</none>"))
+    plan = plan_reasoning(context, "x")
+    assert plan is not None and plan.hidden_tags == {0: "<|start|>"} and plan.closing_id is None
+    for shown in (plan_reasoning(context, "x", shows_special=True), plan_reasoning(context, "x", is_split=False)):
+        assert shown is not None and shown.hidden_tags == {}
 
 
 def test_a_form_waits_for_the_end_of_reasoning() -> None:

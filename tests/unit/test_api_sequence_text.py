@@ -4,11 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.api.reasoning import ReasoningPlan
 from app.api.schemas.completions import CompletionRequest
 from app.api.sequence_text import Delta, SequenceText
+from app.api.tools import ToolPlan, ToolText
 from app.api.translate import PreparedPrompt, PreparedSequence
 from app.core.errors import EngineFailed, EngineUnavailable, InvalidRequest
 from app.core.types import EngineOutput, EngineRequest, FinishReason, SamplingParams
+from app.text.reasoning import FORMS, ReasoningForm, Start
 from tests.text_tokenizers import byte_level
 
 TEXT = "ab你好 🌍🚀 naïve 世界 end"
@@ -16,11 +19,11 @@ IDS = tuple(byte_level().encode_now(TEXT, False))
 END = 1
 
 
-def make(request: CompletionRequest, min_tokens: int = 0) -> SequenceText:
+def make(request: CompletionRequest, min_tokens: int = 0, *, reasoning: ReasoningPlan | None = None) -> SequenceText:
     params = SamplingParams(seed=1, max_tokens=1000, min_tokens=min_tokens)
     engine_request = EngineRequest(request_id="r", prompt_token_ids=(5,), params=params)
     sequence = PreparedSequence(0, 0, PreparedPrompt((5,), "x"), engine_request)
-    return SequenceText(sequence, request, byte_level(), eos_token_ids=(END,))
+    return SequenceText(sequence, request, byte_level(), eos_token_ids=(END,), reasoning=reasoning)
 
 
 def run(text: SequenceText, sizes: list[int], ids: tuple[int, ...] = (*IDS, END)) -> list[Delta]:
@@ -60,6 +63,53 @@ def test_grouping_changes_nothing(sizes: list[int], stops: list[str], include: b
     if stops and not min_tokens and not include:
         text = "".join(delta.text for delta in single)
         assert not any(stop in text for stop in stops)
+
+
+ARGUMENTS = '{"a": "é 🚀"}'
+SAID = (
+    "<think>\nHm, 世界 < 🌍: <tool_call>.\n</think>\n\nSo 好.\n"
+    f'<tool_call>{{"name": "f", "arguments": {ARGUMENTS}}}</tool_call>'
+)
+SAID_IDS = tuple(byte_level().encode_now(SAID, False))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=5),
+    stops=st.lists(
+        st.tuples(st.integers(0, len(SAID) - 1), st.integers(1, 6)).map(lambda cut: SAID[cut[0] : cut[0] + cut[1]]),
+        max_size=2,
+    ),
+    start=st.sampled_from([Start.OPEN, Start.INSIDE]),
+)
+def test_grouping_changes_nothing_with_reasoning_and_calls(sizes: list[int], stops: list[str], start: Start) -> None:
+    request = CompletionRequest(prompt="x", stop=list(stops))
+
+    def read(sizes: list[int]) -> tuple[object, ...]:
+        text = make(request, reasoning=ReasoningPlan(FORMS["qwen3"], start, opening_id=None, closing_id=None))
+        deltas = run(text, sizes, (*SAID_IDS, END))
+        tools = ToolText(ToolPlan(frozenset({"f"}), single=False, grammar=None), id_key="same")
+        reasoning = "".join(delta.reasoning for delta in deltas)
+        last = deltas[-1]
+        answer, calls = tools.whole(deltas)
+        told = [(call.name, call.arguments) for call in calls]
+        return reasoning, answer, told, text.num_output_tokens, text.num_reasoning_tokens, last.stop_reason
+
+    whole = read([1000])
+    assert read(sizes) == read([1]) == whole
+    if not stops:
+        end = len(byte_level().encode_now(SAID.partition("</think>")[0] + "</think>", False))
+        assert whole[:3] == ("Hm, 世界 < 🌍: <tool_call>.", "So 好.", [("f", ARGUMENTS)])
+        assert whole[3:5] == (len(SAID_IDS) + 1, end)
+
+
+def test_tags_that_are_control_tokens_are_seen() -> None:
+    """`<|start|>`, which is left out of texts, stands for the end of reasoning."""
+    ids = (*byte_level().encode_now("Hm", False), 0, *byte_level().encode_now("So", False))
+    form = ReasoningForm("<|end|>", "<|start|>")
+    plan = ReasoningPlan(form, Start.INSIDE, opening_id=1, closing_id=0, hidden_tags={0: "<|start|>"})
+    deltas = run(make(CompletionRequest(prompt="x"), reasoning=plan), [2], (*ids, END))
+    assert ["".join(parts) for parts in zip(*((d.reasoning, d.text) for d in deltas), strict=True)] == ["Hm", "So"]
 
 
 def test_a_chunk_of_prefill_brings_nothing() -> None:

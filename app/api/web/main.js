@@ -72,6 +72,8 @@ function messages(text) {
 function withIds(body, forMode) {
   const full = { ...body, stream: true, stream_options: { include_usage: true } };
   for (const name of ["return_token_ids", "return_tokens_as_token_ids"]) if (able[forMode]?.has(name) ?? true) full[name] = true;
+  // Every token is shown with its text, those of the model's reasoning, too.
+  if (able[forMode]?.has("separate_reasoning")) full.separate_reasoning = false;
   return full;
 }
 
