@@ -60,9 +60,45 @@ def makes_large_pages() -> bool:
         os.close(descriptor)
 
 
+GPT2: Mapping[str, Any] = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "vocab_size": 515,
+    "n_embd": 192,
+    "n_layer": 2,
+    "n_head": 3,
+    "n_positions": 512,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "eos_token_id": 0,
+}
+_GEMMA: Mapping[str, Any] = {
+    "head_dim": 64,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 48,
+    "sliding_window": 40,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+OTHER_FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "phi3": {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0, "sliding_window": None},
+    "gemma2": {
+        "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], **_GEMMA, "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], **_GEMMA,
+        "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "gpt2": GPT2,
+    "mistral-window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 70},
+}  # fmt: skip
+"""Changes to LLAMA; of gpt2, the whole."""
+
+
 def write_model(folder: Path, changes: Mapping[str, Any] | None = None, *, seed: int = 0) -> Path:
     """A model folder: LLAMA with `changes` to its config, and seeded random weights in float32."""
-    config = {**LLAMA, **(changes or {})}
+    changes = changes or {}
+    config = dict(changes) if changes.get("model_type") == "gpt2" else {**LLAMA, **changes}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     rng = np.random.Generator(np.random.PCG64(seed))
@@ -77,6 +113,8 @@ def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDAr
 
 
 def _tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    if config["model_type"] == "gpt2":
+        return _gpt2_shapes(config)
     hidden, dim, inner = config["hidden_size"], config["head_dim"], config["intermediate_size"]
     q_size, kv_size = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
     shapes: dict[str, tuple[int, ...]] = {
@@ -96,16 +134,42 @@ def _tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             "mlp.up_proj": (inner, hidden),
             "mlp.down_proj": (hidden, inner),
         }
+        if config["model_type"] == "phi3":
+            projections = {
+                "self_attn.qkv_proj": (q_size + 2 * kv_size, hidden),
+                "self_attn.o_proj": (hidden, q_size),
+                "mlp.gate_up_proj": (2 * inner, hidden),
+                "mlp.down_proj": (hidden, inner),
+            }
         biased = _biased(config)
         for name, shape in projections.items():
             shapes[f"{layer}{name}.weight"] = shape
             if name.split(".")[1] in biased:
                 shapes[f"{layer}{name}.bias"] = shape[:1]
-        for name in ("input_layernorm", "post_attention_layernorm"):
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        if config["model_type"] in ("gemma2", "gemma3_text"):
+            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        for name in norms:
             shapes[f"{layer}{name}.weight"] = (hidden,)
-        if config["model_type"] == "qwen3":
+        if config["model_type"] in ("qwen3", "gemma3_text"):
             shapes[f"{layer}self_attn.q_norm.weight"] = shapes[f"{layer}self_attn.k_norm.weight"] = (dim,)
     return shapes
+
+
+def _gpt2_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, vectors = config["n_embd"], {"ln_f"}
+    shapes: dict[str, tuple[int, ...]] = {"wte": (config["vocab_size"], hidden), "wpe": (config["n_positions"], hidden)}
+    for index in range(config["n_layer"]):
+        layer = f"h.{index}."
+        shapes[layer + "attn.c_attn"] = (hidden, 3 * hidden)
+        shapes[layer + "attn.c_proj"] = (hidden, hidden)
+        shapes[layer + "mlp.c_fc"] = (hidden, 4 * hidden)
+        shapes[layer + "mlp.c_proj"] = (4 * hidden, hidden)
+        vectors |= {layer + "ln_1", layer + "ln_2"}
+    tensors = {f"transformer.{name}.weight": shape for name, shape in shapes.items()}
+    tensors |= {f"transformer.{name}.weight": (hidden,) for name in sorted(vectors)}
+    tensors |= {f"transformer.{name}.bias": (hidden,) for name in sorted(vectors)}
+    return tensors | {f"transformer.{name}.bias": shape[1:] for name, shape in shapes.items() if ".c_" in name}
 
 
 def _biased(config: Mapping[str, Any]) -> set[str]:

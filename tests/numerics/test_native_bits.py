@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from app.core.plan import LogitsNeed
 from app.runner.native.runner import NativeRunner
-from tests.native_models import SEEDED, Hand, levels_here, load_native, prompt_ids, write_model
+from tests.native_models import OTHER_FAMILIES, SEEDED, Hand, levels_here, load_native, prompt_ids, write_model
 
 LENGTH = 150
 PROMPT = prompt_ids(LENGTH)
@@ -23,15 +23,18 @@ SHAPES = {
     "single-64": {"num_key_value_heads": 6, "attention_bias": True},
 }
 MODES = [(level, quantization) for level in levels_here() for quantization in (None, "int8", "int8-safe", "int4")]
+PARAMS = [(shape, *mode) for shape in SHAPES for mode in MODES] + [
+    (family, level, None) for family in OTHER_FAMILIES for level in levels_here()
+]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("native-bits")
-    return {name: write_model(base / name, changes) for name, changes in SHAPES.items()}
+    return {name: write_model(base / name, changes) for name, changes in {**SHAPES, **OTHER_FAMILIES}.items()}
 
 
-@pytest.fixture(params=[(shape, *mode) for shape in SHAPES for mode in MODES], ids=lambda p: "-".join(map(str, p)))
+@pytest.fixture(params=PARAMS, ids=lambda p: "-".join(map(str, p)))
 def runners(
     request: pytest.FixtureRequest, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[NativeRunner, NativeRunner]]:

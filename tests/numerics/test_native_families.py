@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from tests.native_models import Hand, levels_here, load_native, prompt_ids, write_model
+from tests.native_models import OTHER_FAMILIES, Hand, levels_here, load_native, prompt_ids, write_model
 
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -22,6 +22,7 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
     "llama-mha-biases": {"num_key_value_heads": 6, "attention_bias": True, "mlp_bias": True},
@@ -34,7 +35,19 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "mistral": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False},
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128},
-}
+    "qwen2-window-from-layer-1": {
+        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True,
+        "sliding_window": 50, "max_window_layers": 1,
+    },
+    "llama-head-80": {"head_dim": 80},
+    "llama-head-256": {"head_dim": 256, "num_attention_heads": 4},
+    "llama-rope-yarn": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    },
+    "phi3-partial": {**OTHER_FAMILIES["phi3"], "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.75}},
+    "gemma": {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu_pytorch_tanh"},
+    **OTHER_FAMILIES,
+}  # fmt: skip
 NUM_TOKENS = 150
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from app.runner.native.families import HEAD_DIMS
 from app.runner.native.precision import QUANTIZATIONS
-from tests.native_models import Hand, levels_here, load_native, prompt_ids, write_model
+from tests.native_models import GPT2, OTHER_FAMILIES, Hand, levels_here, load_native, prompt_ids, write_model
 
 FEW = 4
 MANY = 60
@@ -19,10 +19,13 @@ BLOCKS_A_ROW = 3
 def random_changes(rng: np.random.Generator) -> dict[str, Any]:
     """Changes to the config of the test model: a family, odd vocabularies, uneven groups, sizes off the 64 columns."""
     kv_heads = int(rng.integers(1, 4))
-    family = str(rng.choice(["llama", "mistral", "qwen2", "qwen3"]))
+    family = str(rng.choice(["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2"]))
+    if family == "gpt2":
+        heads, head_dim = int(rng.integers(1, 6)), int(rng.choice(HEAD_DIMS))
+        return {**GPT2, "n_head": heads, "n_embd": heads * head_dim, "vocab_size": int(rng.integers(65, 700))}
     biases = {"attention_bias": bool(rng.integers(2)), "mlp_bias": bool(rng.integers(2))} if family == "llama" else {}
     return {
-        "model_type": family,
+        **OTHER_FAMILIES.get(family, {"model_type": family}),
         "vocab_size": int(rng.integers(65, 700)),
         "hidden_size": 16 * int(rng.integers(1, 20)),
         "intermediate_size": 16 * int(rng.integers(1, 30)),
@@ -30,6 +33,7 @@ def random_changes(rng: np.random.Generator) -> dict[str, Any]:
         "num_attention_heads": kv_heads * int(rng.integers(1, 6)),
         "head_dim": int(rng.choice(HEAD_DIMS)),
         "tie_word_embeddings": bool(rng.integers(2)),
+        **({"sliding_window": int(rng.integers(1, 200))} if family in ("mistral", "phi3", "gemma2", "gemma3") else {}),
         **biases,
     }
 

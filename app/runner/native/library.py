@@ -38,10 +38,17 @@ class CLayer(Structure):
         ("down", CLinear),
         ("attention_norm", c_void_p),
         ("mlp_norm", c_void_p),
+        ("attention_norm_bias", c_void_p),
+        ("mlp_norm_bias", c_void_p),
+        ("post_attention_norm", c_void_p),
+        ("post_mlp_norm", c_void_p),
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),
+        ("rope_cos", c_void_p),
+        ("rope_sin", c_void_p),
         ("k_cache", c_void_p),
         ("v_cache", c_void_p),
+        ("window", c_int64),
     )
 
 
@@ -59,15 +66,21 @@ class CModel(Structure):
         ("vocab", c_int32),
         ("byte_rows", c_int32),
         ("has_blocks", c_int32),
+        ("rotary_dim", c_int32),
+        ("activation", c_int32),
+        ("has_post_norms", c_int32),
         ("norm_eps", c_float),
         ("attention_scale", c_float),
+        ("embed_scale", c_float),
+        ("attention_cap", c_float),
+        ("logit_cap", c_float),
         ("block_stride", c_int64),
         ("layers", POINTER(CLayer)),
         ("head", CLinear),
         ("embedding", CLinear),
+        ("position_embedding", c_void_p),
         ("final_norm", c_void_p),
-        ("rope_cos", c_void_p),
-        ("rope_sin", c_void_p),
+        ("final_norm_bias", c_void_p),
     )
 
 

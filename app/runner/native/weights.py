@@ -28,10 +28,11 @@ from app.runner.native.blocks import (
     read_blocks,
     unpermuted_rows,
 )
-from app.runner.native.families import ModelShape
+from app.runner.native.families import Activation, ModelShape
 from app.runner.native.library import CLinear, Library, address
 from app.runner.native.precision import Form, Precision
 from app.runner.native.safetensors import Tensor, read_tensors
+from app.runner.native.tensor_names import known_tensors
 
 _COLUMNS = 64
 _TURN = 16
@@ -91,6 +92,10 @@ class LayerWeights:
     mlp_norm: NDArray[np.float32]
     q_norm: NDArray[np.float32] | None
     k_norm: NDArray[np.float32] | None
+    attention_norm_bias: NDArray[np.float32] | None = None
+    mlp_norm_bias: NDArray[np.float32] | None = None
+    post_attention_norm: NDArray[np.float32] | None = None
+    post_mlp_norm: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,9 @@ class ModelWeights:
     num_bytes: int
     digest: str
     """sha256 over names, types and bytes of the source tensors."""
+    final_norm_bias: NDArray[np.float32] | None = None
+    positions: NDArray[np.float32] | None = None
+    """(max_positions, hidden_pad), flat."""
     block_types: tuple[str, ...] = ()
     """Of weights in blocks, the most frequent first."""
 
@@ -124,10 +132,12 @@ def load_weights(
     Raises ConfigurationError (broken files), TierUnavailable (tensors unknown).
     """
     tensors = read_blocks(model_dir) if is_in_blocks(model_dir) else read_tensors(model_dir)
-    packer = _Packer(shape, library, tensors, precision, make_arena)
+    known = known_tensors(tensors, shape.names, _part_sizes(shape))
+    packer = _Packer(shape, library, known, precision, make_arena)
     layers = tuple(packer.layer(index) for index in range(shape.num_layers))
     head, embedding = packer.head_and_embedding()
-    final_norm = packer.vector("model.norm.weight", shape.hidden, pad=padded(shape.hidden))
+    final_norm, final_norm_bias = packer.norm("model.norm"), packer.norm_bias("model.norm")
+    positions = packer.positions()
     packer.refuse_left_over()
     with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
         digest = pool.submit(_digest, tensors)
@@ -141,8 +151,16 @@ def load_weights(
             precision,
             packer.arena.num_bytes,
             digest.result(),
+            final_norm_bias=final_norm_bias,
+            positions=positions,
             block_types=tuple(kind.name for kind, _ in packer.block_types.most_common()),
         )
+
+
+def _part_sizes(shape: ModelShape) -> dict[str, int]:
+    """Rows of what some families fuse."""
+    q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    return {"self_attn.q_proj": q_size, "self_attn.k_proj": kv_size, "mlp.gate_proj": shape.intermediate}
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -175,7 +193,8 @@ class _Packer:
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         qkv = [(attention + "q_proj", q_size), (attention + "k_proj", kv_size), (attention + "v_proj", kv_size)]
-        hidden, pad = shape.hidden, padded(shape.hidden)
+        hidden, has_post_norms = shape.hidden, shape.names.has_post_norms
+        attention_norm, mlp_norm = prefix + "input_layernorm", prefix + "post_attention_layernorm"
         return LayerWeights(
             qkv=self.linear(qkv, k=hidden, form=forms.qkv, has_bias=shape.qkv_bias),
             output=self.linear(
@@ -185,10 +204,14 @@ class _Packer:
             down=self.linear(
                 [(mlp + "down_proj", hidden)], k=shape.intermediate, form=forms.down, has_bias=shape.mlp_bias
             ),
-            attention_norm=self.vector(prefix + "input_layernorm.weight", hidden, pad=pad),
-            mlp_norm=self.vector(prefix + "post_attention_layernorm.weight", hidden, pad=pad),
+            attention_norm=self.norm(attention_norm),
+            mlp_norm=self.norm(mlp_norm),
             q_norm=self._head_norm(attention + "q_norm.weight"),
             k_norm=self._head_norm(attention + "k_norm.weight"),
+            attention_norm_bias=self.norm_bias(attention_norm),
+            mlp_norm_bias=self.norm_bias(mlp_norm),
+            post_attention_norm=self.norm(prefix + "post_attention_norm") if has_post_norms else None,
+            post_mlp_norm=self.norm(prefix + "post_mlp_norm") if has_post_norms else None,
         )
 
     def linear(self, parts: list[tuple[str, int]], *, k: int, form: Form, has_bias: bool) -> PackedLinear:
@@ -201,8 +224,11 @@ class _Packer:
         return packed
 
     def gate_up(self, prefix: str) -> PackedLinear:
-        """Gate and up columns in turns, so that one tile holds both halves of silu(gate) * up."""
+        """Gate and up columns in turns, so that one tile holds both halves of silu(gate) * up; or up alone."""
         size = self.shape.intermediate
+        if self.shape.activation is Activation.GELU:
+            has_bias, form = self.shape.mlp_bias, self.precision.gate_up
+            return self.linear([(prefix + "up_proj", size)], k=self.shape.hidden, form=form, has_bias=has_bias)
         names = prefix + "gate_proj", prefix + "up_proj"
         form, has_bias = self.precision.gate_up, self.shape.mlp_bias
         packed = self._empty(2 * size, self.shape.hidden, form=form, has_bias=has_bias, names=names)
@@ -228,20 +254,37 @@ class _Packer:
         self._fill(packed, name, self.shape.vocab_size, column=0, run=_ONE_RUN, stride=0)
         return packed
 
-    def vector(self, name: str, size: int, *, pad: int) -> NDArray[np.float32]:
+    def norm(self, name: str) -> NDArray[np.float32]:
+        """The weights of a norm of the residual."""
+        return self._vector(name + ".weight", self.shape.hidden, offset=self.shape.norm_offset)
+
+    def norm_bias(self, name: str) -> NDArray[np.float32] | None:
+        """Its bias, where the family has them."""
+        return self._vector(name + ".bias", self.shape.hidden) if self.shape.names.has_norm_bias else None
+
+    def positions(self) -> NDArray[np.float32] | None:
+        """Learned embeddings of positions, where the family has them."""
+        if not self.shape.names.has_positions:
+            return None
+        hidden, count = self.shape.hidden, self.shape.max_positions
+        out = np.zeros((count, padded(hidden)), dtype=np.float32)
+        out[:, :hidden] = _as_float(self._tensor("model.positions.weight", (count, hidden)))
+        return out.reshape(-1)
+
+    def _vector(self, name: str, size: int, *, offset: float = 0.0) -> NDArray[np.float32]:
         """A float32 copy, zero beyond `size`."""
-        out = np.zeros(pad, dtype=np.float32)
-        out[:size] = _as_float(self._tensor(name, (size,)))
+        out = np.zeros(padded(size), dtype=np.float32)
+        out[:size] = _as_float(self._tensor(name, (size,))) + np.float32(offset)
         return out
 
     def refuse_left_over(self) -> None:
         """A tensor that nothing used may be one that changes the result."""
-        left = [name for name in self.tensors if name not in self.used and not name.endswith("rotary_emb.inv_freq")]
+        left = [name for name in self.tensors if name not in self.used]
         if left:
             raise TierUnavailable(f"the model has a tensor {left[0]!r}, which the native kernels do not know")
 
     def _head_norm(self, name: str) -> NDArray[np.float32] | None:
-        return self.vector(name, self.shape.head_dim, pad=self.shape.head_dim) if self.shape.qk_norm else None
+        return self._vector(name, self.shape.head_dim, offset=self.shape.norm_offset) if self.shape.qk_norm else None
 
     def _empty(self, n: int, k: int, *, form: Form, has_bias: bool, names: Iterable[str]) -> PackedLinear:
         n_pad = padded(n)
@@ -326,10 +369,12 @@ class _Packer:
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         qkv, gate_up = [attention + f"{part}_proj" for part in "qkv"], [mlp + "gate_proj", mlp + "up_proj"]
+        if shape.activation is Activation.GELU:
+            gate_up = gate_up[1:]
         return (
             self._bytes(q_size + 2 * kv_size, shape.hidden, forms.qkv, qkv)
             + self._bytes(shape.hidden, q_size, forms.output, [attention + "o_proj"])
-            + self._bytes(2 * shape.intermediate, shape.hidden, forms.gate_up, gate_up)
+            + self._bytes(len(gate_up) * shape.intermediate, shape.hidden, forms.gate_up, gate_up)
             + self._bytes(shape.hidden, shape.intermediate, forms.down, [mlp + "down_proj"])
         )
 

@@ -72,14 +72,17 @@ static void rebase_row(attention_scratch *s, int row, float largest, float *out,
     s->largest[row] = largest;
 }
 
-/* One row against one block: scores to probabilities in bf16, and the running maximum and sum. `tokens`
- * of the block are the row's; `is_full`: all. */
-INLINE void softmax_row(const int is_full, attention_scratch *s, int row, int tokens, float scale, int dim) {
+/* One row against one block: scores to probabilities in bf16, and the running maximum and sum. The row sees
+ * the block's tokens first .. tokens - 1; `is_full`: all. `cap`: of scores, 0 is none. */
+INLINE void softmax_row(const int is_full, const int is_capped, attention_scratch *s, int row, int first, int tokens,
+                        float scale, float cap, int dim) {
     const float *scores = s->scores + row * BLOCK_TOKENS;
     vf x[SCORES], most = v_set1(-INFINITY), sum = v_zero();
     SCORES_LOOP {
         x[j] = v_mul(v_load(scores + j * VL), v_set1(scale));
+        if (is_capped) x[j] = v_cap(x[j], cap);
         if (!is_full) x[j] = v_select(v_first(tokens - j * VL), x[j], v_set1(-INFINITY));
+        if (!is_full) x[j] = v_select(v_first(first - j * VL), v_set1(-INFINITY), x[j]);
         most = v_max(most, x[j]);
     }
     float largest = v_largest(most);
@@ -88,17 +91,25 @@ INLINE void softmax_row(const int is_full, attention_scratch *s, int row, int to
     SCORES_LOOP {
         vf e = v_exp2_negative(v_sub(x[j], reference));
         if (!is_full) e = v_select(v_first(tokens - j * VL), e, v_zero());
+        if (!is_full) e = v_select(v_first(first - j * VL), v_zero(), e);
         sum = v_add(sum, e);
         v_store_bf16(s->p + row * BLOCK_TOKENS + j * VL, e);
     }
     s->sum[row] += v_sum(sum);
 }
 
-static void softmax_rows(attention_scratch *s, int from, int rows, int group, int first_seen, float scale, int dim) {
+/* `seen`: tokens of the block and those before it that the first row may see at most. A row whose window begins
+ * behind the block takes nothing of it. */
+static void softmax_rows(const hw_model *model, const hw_layer *layer, attention_scratch *s, int from, int rows,
+                         int seen) {
+    const int group = model->num_heads / model->num_kv_heads, dim = model->head_dim;
+    const float scale = model->attention_scale * LOG2_E, cap = model->attention_cap * LOG2_E;
     for (int r = from; r < rows; r++) {
-        int tokens = first_seen + r / group;
-        if (tokens >= BLOCK_TOKENS) softmax_row(1, s, r, BLOCK_TOKENS, scale, dim);
-        else softmax_row(0, s, r, tokens, scale, dim);
+        const int tokens = seen + r / group, first = layer->window ? tokens - (int)layer->window : 0;
+        if (first >= BLOCK_TOKENS) memset(s->p + r * BLOCK_TOKENS, 0, BLOCK_TOKENS * sizeof *s->p);
+        else if (cap > 0.0f) softmax_row(0, 1, s, r, first, tokens, scale, cap, dim);
+        else if (tokens >= BLOCK_TOKENS && first <= 0) softmax_row(1, 0, s, r, 0, BLOCK_TOKENS, scale, cap, dim);
+        else softmax_row(0, 0, s, r, first, tokens, scale, cap, dim);
     }
 }
 
@@ -165,9 +176,9 @@ void attend(const hw_model *model, const hw_layer *layer, const hw_step *step, c
     const int dim = model->head_dim, group = model->num_heads / model->num_kv_heads, rows = b->count * group;
     const int first = step->positions[b->first], last = first + b->count - 1;
     const int32_t *table = step->block_tables + step->table_starts[b->entry];
-    const float scale = model->attention_scale * LOG2_E;
+    const int seen_from = layer->window && first >= layer->window ? first + 1 - (int)layer->window : 0;
     begin(model, s, b, kv_head, qkv, qkv_stride);
-    for (int block = 0; block <= last / BLOCK_TOKENS; block++) {
+    for (int block = seen_from / BLOCK_TOKENS; block <= last / BLOCK_TOKENS; block++) {
         const int start = block * BLOCK_TOKENS, tokens = last + 1 - start < BLOCK_TOKENS ? last + 1 - start : BLOCK_TOKENS;
         const int columns = (tokens + 15) / 16 * 16;
         const int from = start > first ? (start - first) * group : 0; /* rows before it end in earlier blocks */
@@ -176,7 +187,7 @@ void attend(const hw_model *model, const hw_layer *layer, const hw_step *step, c
         const int next_head = is_last ? next_kv_head : kv_head;
         scores_of(s, block_at(model, layer->k_cache, table[block], kv_head),
                   block_at(model, layer->k_cache, next, next_head), from, rows, columns, dim);
-        softmax_rows(s, from, rows, group, first + 1 - start, scale, dim);
+        softmax_rows(model, layer, s, from, rows, first + 1 - start);
         add_values(s, block_at(model, layer->v_cache, table[block], kv_head),
                    block_at(model, layer->v_cache, next, next_head), from, rows, tokens, dim);
     }

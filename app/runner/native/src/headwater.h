@@ -29,22 +29,30 @@ typedef struct {
 
 typedef struct {
     hw_linear qkv, output, gate_up, down; /* gate_up: 16 gate columns, 16 up columns, in turn */
-    const float *attention_norm, *mlp_norm; /* [hidden_pad] */
-    const float *q_norm, *k_norm;           /* [head_dim] or NULL */
-    uint16_t *k_cache, *v_cache; /* of block 0 */
+    const float *attention_norm, *mlp_norm;           /* [hidden_pad] */
+    const float *attention_norm_bias, *mlp_norm_bias; /* [hidden_pad] or NULL: LayerNorm in place of RMSNorm */
+    const float *post_attention_norm, *post_mlp_norm; /* [hidden_pad] or NULL: of what is added to the residual */
+    const float *q_norm, *k_norm;                     /* [head_dim] or NULL */
+    const float *rope_cos, *rope_sin;                 /* [position][rotary_dim / 2] */
+    uint16_t *k_cache, *v_cache;                      /* of block 0 */
+    int64_t window; /* tokens that a token sees, itself among them; 0: all before it */
 } hw_layer;
 
 typedef struct {
     int32_t num_layers, hidden, hidden_pad, num_heads, num_kv_heads, head_dim, act_pad, vocab;
     int32_t byte_rows; /* the largest of all linears */
     int32_t has_blocks;
-    float norm_eps, attention_scale;
+    int32_t rotary_dim;     /* dimensions of a head that turn: pairs (i, i + rotary_dim / 2); 0: none */
+    int32_t activation;     /* 0: silu(gate) * up, 1: gelu(gate) * up, 2: gelu(up), gate_up being up alone */
+    int32_t has_post_norms; /* of every layer */
+    float norm_eps, attention_scale, embed_scale;
+    float attention_cap, logit_cap; /* x becomes cap * tanh(x / cap); 0: none */
     int64_t block_stride; /* elements from a block to the next in k_cache and v_cache */
     const hw_layer *layers;
     hw_linear head;
     hw_linear embedding; /* bf16 or blocks, a column a token */
-    const float *final_norm;   /* [hidden_pad] */
-    const float *rope_cos, *rope_sin; /* [position][head_dim / 2] */
+    const float *position_embedding; /* [position][hidden_pad] or NULL */
+    const float *final_norm, *final_norm_bias; /* [hidden_pad]; bias or NULL */
 } hw_model;
 
 typedef struct {

@@ -15,16 +15,26 @@ static void finish_add(const finish *f, const float *y, int row, int column, int
     for (int c = 0; c < width; c += VL) v_store(out + c, v_add(v_load(out + c), v_load(y + c)));
 }
 
-static void finish_silu_mul(const finish *f, const float *y, int row, int column, int width) {
+static void finish_gelu(const finish *f, const float *y, int row, int column, int width) {
+    uint16_t *out = f->out16 + row * f->stride + column;
+    for (int c = 0; c < width; c += VL) v_store_bf16(out + c, v_gelu(v_load(y + c)));
+}
+
+INLINE void finish_gated(const int is_gelu, const finish *f, const float *y, int row, int column, int width) {
     uint16_t *out = f->out16 + row * f->stride + column / 2;
     for (int unit = 0; unit < width; unit += UNIT)
         for (int c = 0; c < UNIT / 2; c += VL) {
             vf gate = v_load(y + unit + c), up = v_load(y + unit + UNIT / 2 + c);
-            v_store_bf16(out + unit / 2 + c, v_mul(v_silu(gate), up));
+            v_store_bf16(out + unit / 2 + c, v_mul(is_gelu ? v_gelu(gate) : v_silu(gate), up));
         }
 }
 
 static void finish_logits(const finish *f, const float *y, int row, int column, int width) {
+    float capped[COLUMNS];
+    if (f->cap > 0.0f) {
+        for (int c = 0; c < width; c += VL) v_store(capped + c, v_cap(v_load(y + c), f->cap));
+        y = capped;
+    }
     if (f->slots[row] >= 0) {
         float *out = f->out + (long)f->slots[row] * f->stride + column;
         for (int c = 0; c < width; c += VL) v_store(out + c, v_load(y + c));
@@ -58,7 +68,9 @@ void finish_row(const finish *f, const float *y, int row, int column, int width)
     switch (f->kind) {
         case FINISH_STORE: finish_store(f, y, row, column, width); break;
         case FINISH_ADD: finish_add(f, y, row, column, width); break;
-        case FINISH_SILU_MUL: finish_silu_mul(f, y, row, column, width); break;
+        case FINISH_SILU_MUL: finish_gated(0, f, y, row, column, width); break;
+        case FINISH_GELU_MUL: finish_gated(1, f, y, row, column, width); break;
+        case FINISH_GELU: finish_gelu(f, y, row, column, width); break;
         case FINISH_LOGITS: finish_logits(f, y, row, column, width); break;
     }
 }

@@ -9,6 +9,8 @@ typedef enum {
     FINISH_STORE,    /* out = y */
     FINISH_ADD,      /* out += y: the residual stream */
     FINISH_SILU_MUL, /* out16 = silu(gate) * up; columns in turns of 16 gate, 16 up */
+    FINISH_GELU_MUL, /* out16 = gelu(gate) * up */
+    FINISH_GELU,     /* out16 = gelu(y) */
     FINISH_LOGITS,   /* out rows where wanted, and the running argmax */
 } finish_kind;
 
@@ -27,6 +29,7 @@ typedef struct {
     const int32_t *slots; /* FINISH_LOGITS: row of out for each row, or -1 */
     lane_best *best;      /* FINISH_LOGITS: this thread's, one a row */
     int columns;          /* FINISH_LOGITS: real columns; padding beyond is ignored */
+    float cap;            /* FINISH_LOGITS: y becomes cap * tanh(y / cap); 0: it stays */
 } finish;
 
 typedef struct block_scale block_scale;

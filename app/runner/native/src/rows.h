@@ -3,10 +3,12 @@
 #define HW_ROWS_H
 #include "headwater.h"
 
-/* out[0 .. hidden_pad) = the embedding of a token, from the packed layout. */
-void row_embed(const hw_model *model, int token, float *out);
-/* out = x / rms(x) * weight, rounded to bf16. */
-void row_norm(const hw_model *model, const float *x, const float *weight, uint16_t *out);
+/* out[0 .. hidden_pad) = the embedding of a token at a position. */
+void row_embed(const hw_model *model, int token, int position, float *out);
+/* out = x / rms(x) * weight, or with a bias (x - mean) / deviation * weight + bias; rounded to bf16. */
+void row_norm(const hw_model *model, const float *x, const float *weight, const float *bias, uint16_t *out);
+/* out += x / rms(x) * weight */
+void row_add_norm(const hw_model *model, const float *x, const float *weight, float *out);
 /* bytes = round(x / scale) + 128 with scale = max|x| / 127. k a multiple of 16. */
 void row_quantise(const uint16_t *x, int k, uint8_t *bytes, float *scale);
 /* The same in 16 bits, scale = max|x| / 32767: high[i] * 256 + low[i] = round(x / scale) + 32768. */

@@ -28,7 +28,7 @@ struct hw_context {
     char *memory;
     size_t capacity;
     /* carved out of memory for the running step */
-    float *residual, *qkv, *scales;
+    float *residual, *branch, *qkv, *scales; /* branch: what is normed before it joins the residual */
     uint16_t *x, *attended, *activated;
     uint8_t *bytes;
     block_scale *block_scales;
@@ -66,6 +66,7 @@ static size_t lay_out(hw_context *c, const hw_model *m, const hw_step *s, char *
     const size_t tokens = (size_t)s->num_tokens, logits = (size_t)s->num_logits;
     const size_t threads = (size_t)pool_threads(c->pool), rows = tokens > logits ? tokens : logits;
     c->residual = carve(&at, tokens * (size_t)m->hidden_pad * sizeof(float)); /* first: hw_score reads it again */
+    c->branch = carve(&at, m->has_post_norms ? tokens * (size_t)m->hidden_pad * sizeof(float) : 0);
     c->qkv = carve(&at, tokens * (size_t)qkv_stride(m) * sizeof(float));
     c->x = carve(&at, rows * (size_t)m->hidden_pad * 2);
     c->attended = carve(&at, tokens * (size_t)attended_stride(m) * 2);
@@ -118,14 +119,23 @@ static void quantise_rows(const job *j, const hw_linear *lin, const uint16_t *x,
 
 static void embed_rows(const job *j, int from, int to) {
     for (int t = from; t < to; t++)
-        row_embed(j->model, j->step->token_ids[t], j->ctx->residual + (long)t * j->model->hidden_pad);
+        row_embed(j->model, j->step->token_ids[t], j->step->positions[t],
+                  j->ctx->residual + (long)t * j->model->hidden_pad);
 }
 
 /* Norm, then the inputs of the linear `next`. */
-static void norm_rows(const job *j, const float *weight, const hw_linear *next, int from, int to) {
+static void norm_rows(const job *j, const float *weight, const float *bias, const hw_linear *next, int from, int to) {
     const long stride = j->model->hidden_pad;
-    for (int t = from; t < to; t++) row_norm(j->model, j->ctx->residual + t * stride, weight, j->ctx->x + t * stride);
+    for (int t = from; t < to; t++)
+        row_norm(j->model, j->ctx->residual + t * stride, weight, bias, j->ctx->x + t * stride);
     if (next->byte_rows) quantise_rows(j, next, j->ctx->x, stride, from, to);
+}
+
+/* What a branch gives, normed, into the residual. */
+static void join_rows(const job *j, const float *weight, int from, int to) {
+    const long stride = j->model->hidden_pad;
+    for (int t = from; t < to; t++)
+        row_add_norm(j->model, j->ctx->branch + t * stride, weight, j->ctx->residual + t * stride);
 }
 
 static void rotate_and_store(const job *j, const hw_layer *layer, int from, int to) {
@@ -166,8 +176,8 @@ static void project(const job *j, const hw_linear *lin, const uint16_t *x, long 
 /* ---- phases ---- */
 
 enum {
-    ATTENTION_NORM, QKV, ROTATE, ATTEND, QUANTISE_ATTENDED, OUTPUT, MLP_NORM, GATE_UP, QUANTISE_ACTIVATED, DOWN,
-    LAYER_PHASES
+    ATTENTION_NORM, QKV, ROTATE, ATTEND, QUANTISE_ATTENDED, OUTPUT, JOIN_ATTENDED, MLP_NORM, GATE_UP,
+    QUANTISE_ACTIVATED, DOWN, JOIN_MLP, LAYER_PHASES
 };
 enum { HEAD_NORM, HEAD, SETTLE, HEAD_PHASES };
 
@@ -183,28 +193,35 @@ static int layer_count(const job *j, const hw_layer *layer, int phase) {
         case GATE_UP: return units(&layer->gate_up);
         case QUANTISE_ACTIVATED: return layer->down.byte_rows ? tokens : 0;
         case DOWN: return units(&layer->down);
+        case JOIN_ATTENDED:
+        case JOIN_MLP: return j->model->has_post_norms ? tokens : 0;
         default: return tokens;
     }
 }
+
+static const finish_kind activations[] = {FINISH_SILU_MUL, FINISH_GELU_MUL, FINISH_GELU};
 
 static void layer_run(const job *j, const hw_layer *layer, int phase, int from, int to, int thread) {
     hw_context *c = j->ctx;
     const hw_model *m = j->model;
     const int rows = j->step->num_tokens;
     const finish to_qkv = {.kind = FINISH_STORE, .out = c->qkv, .stride = qkv_stride(m)};
-    const finish to_residual = {.kind = FINISH_ADD, .out = c->residual, .stride = m->hidden_pad};
-    const finish to_activated = {.kind = FINISH_SILU_MUL, .out16 = c->activated, .stride = m->act_pad};
+    const finish to_residual = {.kind = m->has_post_norms ? FINISH_STORE : FINISH_ADD,
+                                .out = m->has_post_norms ? c->branch : c->residual, .stride = m->hidden_pad};
+    const finish to_activated = {.kind = activations[m->activation], .out16 = c->activated, .stride = m->act_pad};
     switch (phase) {
-        case ATTENTION_NORM: norm_rows(j, layer->attention_norm, &layer->qkv, from, to); break;
+        case ATTENTION_NORM: norm_rows(j, layer->attention_norm, layer->attention_norm_bias, &layer->qkv, from, to); break;
         case QKV: project(j, &layer->qkv, c->x, m->hidden_pad, rows, &to_qkv, from, to); break;
         case ROTATE: rotate_and_store(j, layer, from, to); break;
         case ATTEND: attend_items(j, layer, from, to, thread); break;
         case QUANTISE_ATTENDED: quantise_rows(j, &layer->output, c->attended, attended_stride(m), from, to); break;
         case OUTPUT: project(j, &layer->output, c->attended, attended_stride(m), rows, &to_residual, from, to); break;
-        case MLP_NORM: norm_rows(j, layer->mlp_norm, &layer->gate_up, from, to); break;
+        case JOIN_ATTENDED: join_rows(j, layer->post_attention_norm, from, to); break;
+        case MLP_NORM: norm_rows(j, layer->mlp_norm, layer->mlp_norm_bias, &layer->gate_up, from, to); break;
         case GATE_UP: project(j, &layer->gate_up, c->x, m->hidden_pad, rows, &to_activated, from, to); break;
         case QUANTISE_ACTIVATED: quantise_rows(j, &layer->down, c->activated, m->act_pad, from, to); break;
         case DOWN: project(j, &layer->down, c->activated, m->act_pad, rows, &to_residual, from, to); break;
+        case JOIN_MLP: join_rows(j, layer->post_mlp_norm, from, to); break;
     }
 }
 
@@ -214,7 +231,7 @@ static void head_rows(const job *j, int from, int to) {
     const hw_model *m = j->model;
     const long stride = m->hidden_pad;
     for (int r = from; r < to; r++)
-        row_norm(m, c->residual + j->step->logits_tokens[r] * stride, m->final_norm, c->x + r * stride);
+        row_norm(m, c->residual + j->step->logits_tokens[r] * stride, m->final_norm, m->final_norm_bias, c->x + r * stride);
     if (m->head.byte_rows) quantise_rows(j, &m->head, c->x, stride, from, to);
     for (int t = 0; t < pool_threads(c->pool); t++) best_reset(c->best + (long)t * j->step->num_logits + from, to - from);
 }
@@ -245,7 +262,7 @@ static void head_run(const job *j, int phase, int from, int to, int thread) {
     const hw_model *m = j->model;
     const hw_step *s = j->step;
     const finish to_logits = {.kind = FINISH_LOGITS, .out = s->logits, .stride = m->head.n_pad, .slots = s->logits_slots,
-                              .best = c->best + (long)thread * s->num_logits, .columns = m->vocab};
+                              .best = c->best + (long)thread * s->num_logits, .columns = m->vocab, .cap = m->logit_cap};
     switch (phase) {
         case HEAD_NORM: head_rows(j, from, to); break;
         case HEAD: project(j, &m->head, c->x, m->hidden_pad, s->num_logits, &to_logits, from, to); break;

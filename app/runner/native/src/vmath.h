@@ -51,4 +51,16 @@ INLINE vf v_exp(vf x) {
 
 /* x / (1 + e^-x) */
 INLINE vf v_silu(vf x) { return v_div(x, v_add(v_set1(1.0f), v_exp2(v_mul(x, v_set1(-LOG2_E))))); }
+
+/* x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): 0.5 x (1 + tanh u) without its cancellation. */
+INLINE vf v_gelu(vf x) {
+    vf u = v_mul(x, v_fma(v_mul(x, x), v_set1(0.7978845608f * 0.044715f), v_set1(0.7978845608f)));
+    return v_div(x, v_add(v_set1(1.0f), v_exp2(v_mul(u, v_set1(-2.0f * LOG2_E)))));
+}
+
+/* cap * tanh(x / cap) */
+INLINE vf v_cap(vf x, float cap) {
+    vf e = v_exp2(v_mul(x, v_set1(2.0f * LOG2_E / cap)));
+    return v_fma(v_div(v_set1(-2.0f), v_add(e, v_set1(1.0f))), v_set1(cap), v_set1(cap));
+}
 #endif
