@@ -33,6 +33,8 @@ def render(trials: list[Trial]) -> str:
     parts = [_HEAD, _runs(trials)]
     if "kills" in by_item:
         parts.append(_kills(by_item["kills"], by_item["streams"]))
+    if "portable" in by_item:
+        parts.append(_portable(by_item["portable"]))
     if "matrix" in by_item:
         parts.append(_matrix(by_item["matrix"]))
     for item, title, text in _SIMPLE:
@@ -43,16 +45,6 @@ def render(trials: list[Trial]) -> str:
 
 
 _SIMPLE = (
-    (
-        "portable",
-        "`kill -9` of a whole server",
-        "The API process and its engine are killed under 16 live streams of mixed kinds, and each stream goes on on a "
-        "second server that shares nothing but the model's files ([how](how-to/resume-a-stream.md)): half of them hand "
-        "their token ids back (by tokens), the others are decoded again (by decode). Each is compared with an ordinary "
-        "stream in one piece: text, arguments of calls, log-probabilities, finish reasons, usage. One trial is one "
-        "kill; seconds are from the kill to the next event of the first stream, and of the last. `bytes` are of text, "
-        "`differing` are streams.",
-    ),
     (
         "poison",
         "One request that ends engines",
@@ -133,6 +125,32 @@ def _kills(kills: list[Trial], streams: list[Trial]) -> str:
         num = sum(trial.count for trial in trials)
         num_wrong = _count(trials, Outcome.WRONG)
         lines.append(f"| {cell} | {num - num_wrong:,} | {bound(num, num_wrong)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _portable(trials: list[Trial]) -> str:
+    lines = [
+        "## `kill -9` of a whole server\n",
+        "The API process and its engine are killed under 16 live streams of mixed kinds, and each stream goes on on a",
+        "second server that shares nothing but the model's files ([how](how-to/resume-a-stream.md)). Half of them hand",
+        "their token ids back, so that the second server reads them; for the others it decodes again. Each is",
+        "compared with an ordinary stream in one piece: text, arguments of calls, log-probabilities, finish reasons,",
+        "usage. On the default model chats, tools and JSON of a schema are among them. Pauses are from the kill to the",
+        "next event of the first stream, and of the last.\n",
+        "| tier | kills | wrong | streams | gone on by token ids | by decoding again | bytes of text "
+        "| streams that differ | first p50 | max | last p50 | max |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for cell, of_cell in _by_cell(trials):
+        sums = [
+            f"{sum(trial.figures.get(name, 0) for trial in of_cell):,.0f}"
+            for name in ("streams", "by_tokens", "by_decode", "bytes", "differing")
+        ]
+        for name in ("first_s", "last_s"):
+            p50, _, most = _percentiles(sorted(trial.figures[name] for trial in of_cell if name in trial.figures))
+            sums += [f"{p50:.2f} s", f"{most:.2f} s"]
+        num_wrong = _count(of_cell, Outcome.WRONG)
+        lines.append(f"| {cell} | {len(of_cell)} | {bound(len(of_cell), num_wrong)} | {' | '.join(sums)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -12,7 +12,7 @@ from app.api.kept import KeptStreams
 from app.api.keys import KeyRing
 from app.text import ChatTemplate
 from app.text.reasoning import FORMS
-from tests.contract.serving import FakeServer, fake_server, wait_until
+from tests.contract.serving import MODEL, FakeServer, fake_server, wait_until
 from tests.contract.streams import Body, Event, events_of, parse_events, resumed, said, token_ids_of
 from tests.contract.test_tools import CALLS, CLOCK, SOURCE, WEATHER
 from tests.text_tokenizers import byte_level
@@ -57,18 +57,23 @@ def servers() -> Iterator[tuple[FakeServer, FakeServer]]:
         yield first, second
 
 
+def fresh(server: FakeServer) -> Iterator[FakeServer]:
+    """The server as every test finds it, checked to be idle afterwards."""
+    server.engine.tokens_per_output = 1
+    server.engine.num_cached_tokens = 0
+    say(server, "plain")
+    yield server
+    wait_until(server.is_idle)
+
+
 @pytest.fixture
 def first(servers: tuple[FakeServer, FakeServer]) -> Iterator[FakeServer]:
-    yield servers[0]
-    servers[0].engine.tokens_per_output = 1
-    wait_until(servers[0].is_idle)
+    yield from fresh(servers[0])
 
 
 @pytest.fixture
 def second(servers: tuple[FakeServer, FakeServer]) -> Iterator[FakeServer]:
-    yield servers[1]
-    servers[1].engine.tokens_per_output = 1
-    wait_until(servers[1].is_idle)
+    yield from fresh(servers[1])
 
 
 def body_of(case: str) -> tuple[str, Body]:
@@ -103,7 +108,7 @@ def test_cut_behind_every_event_it_goes_on_without_a_byte_of_difference(
     # Of a choice that the first server had not begun, the second one says what its own cache saved.
     second.engine.num_cached_tokens = 0 if case == "two prompts" else 3
     other = first if way == "journal" else second
-    for count in range(1, len(events)):
+    for count in range(1, len(events), 1 if len(events) < 80 else 3):
         sent = events[:count]
         token_ids = token_ids_of(sent, len(whole.choices)) if way == "tokens" else None
         rest = events_of(resumed(other, body, path, cursor=sent[-1].id, token_ids=token_ids))
@@ -121,6 +126,19 @@ def test_cut_again_and_again_it_goes_on_from_where_the_last_cut_was(first: FakeS
         servers.reverse()
         sent.append(events_of(resumed(servers[0], body, path, cursor=sent[-1].id))[0])
     assert said(sent) == said(events)
+
+
+def test_openai_client_reads_a_stream_with_cursors_and_goes_on_with_one(first: FakeServer) -> None:
+    say(first, "plain")
+    path, body = body_of("chat")
+    events = events_of(first.post(body, path))
+    ask: dict[str, Any] = {"model": MODEL, "messages": USER, "max_tokens": 200, "stream": True}
+    ask["stream_options"] = body["stream_options"]
+    for skipped in (0, 5):
+        headers = {"Last-Event-ID": events[skipped - 1].id} if skipped else {}
+        stream = first.client.chat.completions.create(**ask, extra_headers=headers)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+        assert text == said(events[skipped:]).choices[0].text
 
 
 def test_a_drawn_seed_goes_with_the_cursor(first: FakeServer, second: FakeServer) -> None:
