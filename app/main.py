@@ -25,6 +25,7 @@ from app.client.process import EngineLaunch, EngineProcess
 from app.core.config import EngineConfig
 from app.observability.logging import configure_logging
 from app.observability.metrics import Metrics
+from app.observability.tracing import RequestTracer
 from app.settings import API_KEY_VARIABLE, Settings, load_settings
 from app.store import ModelFolder
 from app.text.chat_template import ChatTemplate
@@ -108,6 +109,7 @@ def make_context(
         version=__version__,
         keys=keys,
         metrics_keys=make_metrics_keys(settings),
+        tracer=make_tracer(settings),
         metrics_apart=settings.metrics_listen is not None and not runs_engine,
         allowed_origins=settings.allowed_origins,
         allowed_hosts=allowed_hosts(listens_on, keys),
@@ -138,6 +140,12 @@ def make_metrics_keys(settings: Settings) -> KeyRing | None:
     """Keys for /metrics alone. A null device, which compose mounts where there is no file, is none."""
     file = None if settings.metrics_key_file is None else Path(settings.metrics_key_file)
     return None if file is None or file.is_char_device() else KeyRing(file=file)
+
+
+def make_tracer(settings: Settings) -> RequestTracer | None:
+    """What sends traces, where an endpoint is set. Raises ConfigurationError without the extra."""
+    endpoint = settings.otlp_traces_endpoint
+    return None if endpoint is None else RequestTracer(endpoint, version=__version__)
 
 
 def allowed_hosts(listens_on: str | None, keys: KeyRing | None) -> tuple[str, ...] | None:

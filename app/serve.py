@@ -133,6 +133,8 @@ async def _serve(settings: Settings, listeners: list[socket.socket], search: Res
             for server in servers:
                 server.should_exit = True
             await asyncio.gather(*serving)
+            if context.tracer is not None:
+                await asyncio.to_thread(context.tracer.close)
 
 
 async def _found(search: Resolution, signals: "_Signals") -> ModelFolder | None:

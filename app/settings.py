@@ -147,6 +147,10 @@ class Settings(BaseSettings):
         "default 5, on loopback 0",
     )
     load_timeout: float = Field(600.0, gt=0, description="seconds an engine may take to load before it is replaced")
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        description="URL that takes traces by OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces; extra: otel",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON lines")
     scripted: dict[str, float | int | str] = Field({}, description="JSON settings of the scripted tier, for tests")

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Lock and source, with the extras that are read from it.
 LOCKS = {
-    "dev": ("pyproject.toml", ("torch", "dev")),
+    "dev": ("pyproject.toml", ("torch", "otel", "dev")),
     "torch": ("pyproject.toml", ("torch",)),
     "base": ("pyproject.toml", ()),
     "pip": ("requirements/pip.in", ()),

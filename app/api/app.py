@@ -3,6 +3,7 @@
 Made from a `ServerContext` and nothing else: no settings are read, nothing is global.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -84,7 +85,7 @@ def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
         )
     if context.allowed_hosts is not None:
         app.add_middleware(HostLayer, allowed_hosts=context.allowed_hosts)
-    app.add_middleware(RequestLayer, metrics=context.metrics)
+    app.add_middleware(RequestLayer, metrics=context.metrics, tracer=context.tracer)
     add_schemas(app, unknown=context.limits.unknown_fields)
     return app
 
@@ -123,6 +124,8 @@ def _lifespan_of(context: ServerContext) -> Callable[[FastAPI], AbstractAsyncCon
         finally:
             await context.engine.drain(context.drain_timeout)
             await context.engine.stop()
+            if context.tracer is not None:
+                await asyncio.to_thread(context.tracer.close)
 
     return lifespan
 

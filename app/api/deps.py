@@ -14,6 +14,7 @@ from app.core.errors import EngineUnavailable, NotFound
 from app.core.types import EngineLimits
 from app.grammar.check import GrammarChecker
 from app.observability.metrics import EngineSnapshot, Metrics
+from app.observability.tracing import RequestTracer
 from app.text.chat_template import ChatTemplate
 from app.text.reasoning import ReasoningForm
 from app.text.tokenizer import Tokenizer
@@ -97,6 +98,8 @@ class ServerContext:
     """Origins whose pages may call the API from a browser."""
     allowed_hosts: tuple[str, ...] | None = None
     """Names that requests may have as Host, ports aside; None: any."""
+    tracer: RequestTracer | None = None
+    """None: no traces."""
     docs: bool = True
     """Whether /docs and /openapi.json are served."""
     page: bool = True

@@ -147,6 +147,8 @@ class GenerationAnswer:
         record.is_stream = bool(request.stream)
         record.generation = context.engine.status.generation
         record.meters = tuple(live.meter for live in self._live)
+        record.model = prepared.model
+        record.params = generation.sequences[0].engine_request.params
 
     async def send(self, send: Send) -> None:
         """Run all sequences and send the answer."""
@@ -185,7 +187,11 @@ class GenerationAnswer:
             prepared = text.prepared
             num_prompt_tokens = len(prepared.prompt.token_ids)
             meter = SequenceMeter(
-                context.metrics, arrived=arrived, num_prompt_tokens=num_prompt_tokens, key_id=share.tenant or None
+                context.metrics,
+                arrived=arrived,
+                admitted=time.monotonic(),
+                num_prompt_tokens=num_prompt_tokens,
+                key_id=share.tenant or None,
             )
             context.metrics.params_max_tokens.observe(prepared.engine_request.params.max_tokens)
             live.append(LiveSequence(prepared, text=text, meter=meter, place=place))
@@ -249,6 +255,8 @@ class GenerationAnswer:
 
     async def _note_hand_over(self) -> None:
         self._context.metrics.count_hand_over(is_exact=self._is_exact)
+        generation = self._context.engine.status.generation
+        self._record.note("headwater.hand_over", generation=generation, exact=self._is_exact)
         if not self._is_exact and self._events is not None:
             await self._events.send(INEXACT_COMMENT)
 
@@ -289,7 +297,7 @@ class GenerationAnswer:
         except Exception as error:
             if not events.is_started:
                 raise
-            self._record.error_code = kind_of(error).code
+            self._record.error_code, self._record.has_failed_late = kind_of(error).code, True
             for live in self._live:
                 live.close(_finish_reason_of(error))
             await events.end(self._form.failure(error))

@@ -14,7 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.errors import HeadTooLarge
 from app.api.record import RequestRecord
 from app.api.respond import ErrorResponse, is_messages_path
+from app.api.tracing import traced
 from app.observability.metrics import Metrics
+from app.observability.tracing import RequestTracer
 
 _SANE_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 _QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics", "/engine"})
@@ -29,9 +31,10 @@ _api = logging.getLogger("headwater.api")
 class RequestLayer:
     """Wraps the application for each HTTP request."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, tracer: RequestTracer | None = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Give the request an id and a record, serve it, log it."""
@@ -78,6 +81,8 @@ class RequestLayer:
             "route": route,
             "status": record.status,
         } | record.facts()
+        if self._tracer is not None and route not in _QUIET_ROUTES:
+            self._tracer.record(traced(scope, record, method=_method(scope), route=route))
         level = logging.DEBUG if route in _QUIET_ROUTES else logging.INFO
         _requests.log(level, "request", extra={"facts": facts})
 

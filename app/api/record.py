@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from starlette.types import Scope
 
 from app.api.share import Share
+from app.core.types import SamplingParams
 from app.observability.sequence_meter import SequenceMeter
+from app.observability.tracing import TracedEvent
 
+MAX_EVENTS = 128
 _SCOPE_KEY = "headwater.record"
 
 
@@ -27,8 +30,20 @@ class RequestRecord:
         self.share = Share()
         self.generation: int | None = None
         self.is_stream = False
+        self.model: str | None = None
+        """Of a generation request, as its answer names it."""
+        self.params: SamplingParams | None = None
+        """Of its first sequence."""
+        self.has_failed_late = False
+        """Whether it failed once its status was sent."""
+        self.events: list[TracedEvent] = []
         self.meters: tuple[SequenceMeter, ...] = ()
         """One for each sequence of a generation request."""
+
+    def note(self, name: str, **attributes: str | int | float | bool) -> None:
+        """Something happened to the request now. Kept for its trace, so far as there are not too many."""
+        if len(self.events) < MAX_EVENTS:
+            self.events.append(TracedEvent(time.monotonic(), name, attributes))
 
     def attach(self, scope: Scope) -> None:
         """Make the record findable from this request's scope."""

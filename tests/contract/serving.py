@@ -24,6 +24,7 @@ from app.api.protocol import BoundedHttpProtocol
 from app.api.responses_store import ResponseStore
 from app.client.engine_client import EngineClient
 from app.observability.metrics import Metrics
+from app.observability.tracing import RequestTracer
 from app.text import ChatTemplate, Tokenizer
 from app.text.reasoning import ReasoningForm
 from tests.contract.fake_engine import FakeEngine, fake_limits
@@ -133,6 +134,7 @@ def make_context(
     docs: bool = True,
     prefix: str = "headwater_",
     runs_engine: bool = False,
+    tracer: RequestTracer | None = None,
     page: bool = True,
     responses: ResponseStore | None = None,
     kept: KeptStreams | None = None,
@@ -159,6 +161,7 @@ def make_context(
         kept=KeptStreams() if kept is None else kept,
         version="0.0-test",
         runs_engine=runs_engine,
+        tracer=tracer,
         page=page,
     )
 
