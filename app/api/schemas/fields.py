@@ -85,6 +85,8 @@ _SHARED_HARMLESS: tuple[Harmless, ...] = (
 _SHARED_REFUSED: tuple[Refused, ...] = (
     Refused("max_new_tokens", "use `max_tokens`"),
     Refused("n_predict", "use `max_tokens`"),
+    Refused("num_predict", "use `max_tokens`"),
+    Refused("num_ctx", "the context is the server's: --max-model-len"),
     Refused("repeat_penalty", "use `repetition_penalty`"),
     Refused("sampling_seed", "use `seed`"),
     Refused("guided_json", _CONSTRAINED),
