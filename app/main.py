@@ -25,7 +25,7 @@ from app.client.process import EngineLaunch, EngineProcess
 from app.core.config import EngineConfig
 from app.observability.logging import configure_logging
 from app.observability.metrics import Metrics
-from app.observability.tracing import RequestTracer
+from app.observability.tracing import RequestTracer, make_tracer
 from app.settings import API_KEY_VARIABLE, Settings, load_settings
 from app.store import ModelFolder
 from app.text.chat_template import ChatTemplate
@@ -47,7 +47,8 @@ def create_app(settings: Settings | None = None, engine_client: EngineClient | N
         config = settings.to_engine_config(str(folder.path), folder.eos_token_ids)
         launch = EngineLaunch(log_level=settings.log_level, log_format=settings.log_format)
         engine_client = make_engine_client(settings, config, launch=launch, metrics=metrics)
-    context = make_context(settings, folder, metrics=metrics, engine=engine_client, runs_engine=True)
+    tracer = make_tracer(settings.otlp_traces_endpoint, version=__version__)
+    context = make_context(settings, folder, metrics=metrics, engine=engine_client, runs_engine=True, tracer=tracer)
     return create_api(context, root_path=settings.root_path)
 
 
@@ -77,6 +78,7 @@ def make_context(
     metrics: Metrics,
     engine: EngineClient,
     runs_engine: bool,
+    tracer: RequestTracer | None = None,
     listens_on: str | None = None,
 ) -> ServerContext:
     """Everything that the routes read. `listens_on`: the address, None where another's server listens."""
@@ -109,7 +111,7 @@ def make_context(
         version=__version__,
         keys=keys,
         metrics_keys=make_metrics_keys(settings),
-        tracer=make_tracer(settings),
+        tracer=tracer,
         metrics_apart=settings.metrics_listen is not None and not runs_engine,
         allowed_origins=settings.allowed_origins,
         allowed_hosts=allowed_hosts(listens_on, keys),
@@ -140,12 +142,6 @@ def make_metrics_keys(settings: Settings) -> KeyRing | None:
     """Keys for /metrics alone. A null device, which compose mounts where there is no file, is none."""
     file = None if settings.metrics_key_file is None else Path(settings.metrics_key_file)
     return None if file is None or file.is_char_device() else KeyRing(file=file)
-
-
-def make_tracer(settings: Settings) -> RequestTracer | None:
-    """What sends traces, where an endpoint is set. Raises ConfigurationError without the extra."""
-    endpoint = settings.otlp_traces_endpoint
-    return None if endpoint is None else RequestTracer(endpoint, version=__version__)
 
 
 def allowed_hosts(listens_on: str | None, keys: KeyRing | None) -> tuple[str, ...] | None:

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from app import __version__
 from app.banner import banner, describe_model, table
 from app.client.process import EngineLaunch, EngineProcess
 from app.console import answer, remark
@@ -25,6 +26,7 @@ from app.core.config import EngineConfig
 from app.core.errors import ConfigurationError, EngineUnavailable
 from app.core.types import EngineLimits
 from app.observability.logging import configure_logging
+from app.observability.tracing import RequestTracer, make_tracer
 from app.settings import API_KEY_VARIABLE, Settings, split_address
 from app.store import ModelFolder, Resolution
 from app.weights import find_model
@@ -115,6 +117,7 @@ async def _serve(settings: Settings, listeners: list[socket.socket], search: Res
     from app.api.connections import ConnectionRoom, raise_descriptor_limit
     from app.api.starting import StartingApp
 
+    tracer = make_tracer(settings.otlp_traces_endpoint, version=__version__)
     room = ConnectionRoom(raise_descriptor_limit())
     fronts = [StartingApp(lambda: search.detail, root_path=settings.root_path) for _ in listeners]
     servers = [_make_server(front, settings, room=room) for front in fronts]
@@ -128,13 +131,13 @@ async def _serve(settings: Settings, listeners: list[socket.socket], search: Res
                     logger.info("ended by a signal while the model was prepared")
                     return EXIT_OK
                 start = _start_engine(settings, folder)
-            return await _run(settings, start, listeners, signals=signals, fronts=fronts, room=room)
+            return await _run(settings, start, listeners, signals=signals, fronts=fronts, room=room, tracer=tracer)
         finally:
             for server in servers:
                 server.should_exit = True
             await asyncio.gather(*serving)
-            if context.tracer is not None:
-                await asyncio.to_thread(context.tracer.close)
+            if tracer is not None:
+                await asyncio.to_thread(tracer.close)
 
 
 async def _found(search: Resolution, signals: "_Signals") -> ModelFolder | None:
@@ -158,6 +161,7 @@ async def _run(
     signals: "_Signals",
     fronts: list["StartingApp"],
     room: "ConnectionRoom",
+    tracer: RequestTracer | None,
 ) -> int:
     """From the first engine's start to the exit code. Raises ConfigurationError."""
     from app import main
@@ -175,6 +179,7 @@ async def _run(
             metrics=metrics,
             engine=client,
             runs_engine=False,
+            tracer=tracer,
             listens_on=settings.host,
         )
         fronts[0].app = create_app(context, root_path=settings.root_path)

@@ -56,6 +56,11 @@ class TracedRequest(NamedTuple):
     parts: Sequence[TracedPart]
 
 
+def make_tracer(endpoint: str | None, *, version: str) -> "RequestTracer | None":
+    """What sends traces to `endpoint`, where there is one. Raises ConfigurationError without the extra."""
+    return None if endpoint is None else RequestTracer(endpoint, version=version)
+
+
 class RequestTracer:
     """Sends the spans of requests to one OTLP endpoint, in batches, from a thread of its own."""
 

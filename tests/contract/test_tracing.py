@@ -8,19 +8,20 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from app.client.local import LocalEngineClient
 from app.core.config import EngineConfig
-from app.main import make_tracer
 from app.observability.tracing import RequestTracer
-from app.settings import load_settings
 from tests.contract.serving import MODEL, FakeServer, Running, fake_server, make_context, running, wait_until
 from tests.contract.test_chat import TEMPLATE
+from tests.fuzz.run import scripted_server
 from tests.text_tokenizers import byte_level
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -204,7 +205,7 @@ def test_nothing_is_imported_when_it_is_off() -> None:
     done = run(
         "import sys, app.serve, app.main, app.api.app\n"
         "heavy = ('opentelemetry.sdk', 'opentelemetry.exporter', 'opentelemetry.proto', 'google.protobuf')\n"
-        "assert app.main.make_tracer(app.main.load_settings()) is None\n"
+        "assert app.main.make_tracer(None, version='0') is None\n"
         "sys.exit(', '.join(name for name in sys.modules if name.startswith(heavy)) or 0)"
     )
     assert done.returncode == 0, done.stderr
@@ -214,13 +215,14 @@ def test_without_the_extra_the_start_ends_with_what_to_install() -> None:
     done = run(
         "import sys\n"
         "sys.modules['opentelemetry.sdk'] = None\n"
-        "from app.main import make_tracer, load_settings\n"
-        "make_tracer(load_settings(otlp_traces_endpoint='http://127.0.0.1:4318/v1/traces'))"
+        "from app.observability.tracing import make_tracer\n"
+        "make_tracer('http://127.0.0.1:4318/v1/traces', version='0')"
     )
     assert "ConfigurationError" in done.stderr and "pip install 'headwater[otel]'" in done.stderr
 
 
-def test_the_setting_makes_a_tracer() -> None:
-    tracer = make_tracer(load_settings(otlp_traces_endpoint="http://127.0.0.1:4318/v1/traces"))
-    assert isinstance(tracer, RequestTracer)
-    tracer.close()
+def test_the_flag_makes_a_server_send(receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+    with scripted_server(tmp_path / "log", "--otlp-traces-endpoint", receiver.endpoint) as url:
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+        wait_until(lambda: len(receiver.spans) == 4)

@@ -26,6 +26,8 @@ from schemathesis import Case, CheckContext, HookContext, Response
 from tests.fuzz.rules import rule_of
 
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+_ENDLESS = {"/v1/chat/completions": "max_tokens", "/v1/responses": "max_output_tokens"}
+"""Routes whose answers may fill the context where no limit is given, and the limit's name."""
 _PROMPTS = frozenset({"prompt", "messages", "input"})
 _MAX_LIMIT = 2**31
 _DEADLINE = "X-Request-Deadline"
@@ -83,7 +85,7 @@ class Judge:
         return self._validators[name].is_valid(case.body)
 
 
-def capped(body: Any, most: int) -> Any:
+def capped(body: Any, path: str, most: int) -> Any:
     """The body with at most `most` output tokens asked for; one that is invalid stays so."""
     if not isinstance(body, dict) or not _PROMPTS & set(body):
         return body
@@ -92,6 +94,9 @@ def capped(body: Any, most: int) -> Any:
         for name in _LIMITS
         if isinstance(value := body.get(name), int) and not isinstance(value, bool) and most < value < _MAX_LIMIT
     }
+    own = _ENDLESS.get(path)
+    if own is not None and all(body.get(name) is None for name in _LIMITS):
+        over[own] = most
     return body | over
 
 
@@ -133,7 +138,7 @@ def _register() -> None:
     def tame(_context: HookContext, case: Case[Any], **_options: Any) -> None:
         be_patient(case)
         if cap is not None:
-            case.body = capped(case.body, int(cap))
+            case.body = capped(case.body, case.operation.path, int(cap))
 
 
 _register()

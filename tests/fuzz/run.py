@@ -42,12 +42,12 @@ class Counts:
 
 
 @contextmanager
-def scripted_server(log: Path, **script: int) -> Iterator[str]:
+def scripted_server(log: Path, *flags: str, **script: int) -> Iterator[str]:
     """The address of a server with the scripted tier, a template that reads tools, and short answers."""
     port = free_port()
     arguments = ["-m", "app.cli", "serve", str(ROOT / "models" / "rill-sql-3m"), "--tier", "scripted"]
     arguments += ["--scripted", json.dumps(_SCRIPTED | script), "--chat-template", str(FOLDER / "template.jinja")]
-    with started(log, *arguments, "--port", str(port), "--log-format", "json") as process:
+    with started(log, *arguments, "--port", str(port), "--log-format", "json", *flags) as process:
         wait_ready(process, f"http://127.0.0.1:{port}", log)
         yield f"http://127.0.0.1:{port}"
 
