@@ -6,7 +6,7 @@ orders a tenant's own work, and gets nobody ahead of another tenant.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 
 from app.scheduler.sequence import Sequence
@@ -29,14 +29,22 @@ class WaitingQueue:
         return chain(self._preempted, *self._by_tenant.values())
 
     @property
+    def num_tenants(self) -> int:
+        """How many wait."""
+        return len(self._by_tenant)
+
+    @property
     def front(self) -> Sequence | None:
         """Who is next, or None."""
+        return self.front_but(_nobody)
+
+    def front_but(self, is_passed_over: Callable[[str], bool]) -> Sequence | None:
+        """Who is next where some tenants are passed over, or None."""
         if self._preempted:
             return self._preempted[0]
-        if len(self._by_tenant) < 2:  # as in most servers: no counter decides
-            return next((waiting[0] for waiting in self._by_tenant.values()), None)
         of = self._shares.of
-        return min(self._by_tenant.values(), key=lambda waiting: (of(_tenant(waiting[0])), waiting[0].arrival))[0]
+        fronts = (waiting[0] for tenant, waiting in self._by_tenant.items() if not is_passed_over(tenant))
+        return min(fronts, key=lambda sequence: (of(_tenant(sequence)), sequence.arrival), default=None)
 
     def push(self, sequence: Sequence) -> None:
         """Put it where its key belongs."""
@@ -60,6 +68,10 @@ class WaitingQueue:
         if not waiting and not sequence.was_admitted:
             del self._by_tenant[tenant]
         return True
+
+
+def _nobody(_tenant: str) -> bool:
+    return False
 
 
 def _tenant(sequence: Sequence) -> str:

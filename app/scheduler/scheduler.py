@@ -12,6 +12,7 @@ Invariants:
 - every sequence is answered with exactly one finish reason, unless it is aborted.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 
 import msgspec
@@ -29,6 +30,9 @@ from app.scheduler.rows import Rows
 from app.scheduler.sequence import Sequence
 from app.scheduler.shares import Shares
 from app.scheduler.step import Step
+
+ROW_SHARE = 4
+"""Times the rows that are left free, at most so many has a tenant with a name (`app.api.admission` says why)."""
 
 
 class SchedulerCounts(msgspec.Struct, frozen=True):
@@ -71,6 +75,7 @@ class Scheduler:
         self._preparation = PreparationGate()
         self._rows = Rows(config.max_num_seqs)
         self._running: list[Sequence] = []
+        self._num_rows_of: Counter[str] = Counter()
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: dict[int, list[Sequence]] = {}
         self._num_added = 0
@@ -152,6 +157,7 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """The next step's work, or None where there is nothing to compute now."""
         step = Step(self._budget())
+        self._shares.begin_step(now)
         for is_lone in self._probation.turns():
             if is_lone:
                 self._continue_trial(step, now)
@@ -164,9 +170,6 @@ class Scheduler:
             return None
         self._num_steps += 1
         self._in_flight[self._num_steps] = step.sequences
-        for sequence, entry in zip(step.sequences, step.entries, strict=True):
-            request = sequence.request
-            self._shares.charge(request.tenant, len(entry.token_ids) + entry.sample, weight=request.weight)
         return StepPlan(self._num_steps, tuple(step.entries), self._rows.pop_released())
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> tuple[EngineOutput, ...]:
@@ -232,7 +235,7 @@ class Scheduler:
         num_tokens = num_lone_tokens(trial, step.num_tokens_for(trial))
         end = trial.num_computed_tokens + num_tokens
         if end <= trial.blocks.view_tokens or self._make_room(trial, end):
-            step.add(trial, num_tokens)
+            self._compute(step, trial, num_tokens)
 
     def _admit_trial(self, now: float) -> Sequence | None:
         probation = self._probation
@@ -266,10 +269,12 @@ class Scheduler:
             index += 1
             if sequence.is_in_flight or sequence is self._probation.trial:
                 continue
-            num_tokens = step.num_tokens_for(sequence)
+            num_tokens = self._num_tokens_for(step, sequence)
+            if not num_tokens:
+                continue
             end = sequence.num_computed_tokens + num_tokens
             if end <= sequence.blocks.view_tokens or self._make_room(sequence, end):
-                step.add(sequence, num_tokens)
+                self._compute(step, sequence, num_tokens)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Cover the tokens with blocks, at the cost of younger sequences, or else of this one."""
@@ -298,7 +303,7 @@ class Scheduler:
     def _admit_waiting(self, step: Step, now: float) -> None:
         if self._probation.lacks_room:
             return
-        while step.budget > 0 and self._rows.has_free and (sequence := self._queue.front):
+        while step.budget > 0 and self._rows.has_free and (sequence := self._queue.front_but(self._is_passed_over)):
             match = self._kv.match(sequence.blocks, sequence.token_ids, limit=sequence.max_cached_tokens)
             if producer := self._gate.producer_of(match.missing):
                 self._hold(sequence, producer, num_matched=match.num_blocks)
@@ -306,11 +311,36 @@ class Scheduler:
                 self._queue.discard(sequence)
                 self._shares.note_entry(sequence.request.tenant)
                 self._start(sequence, match, now)
-                num_tokens = step.num_tokens_for(sequence)
+                num_tokens = self._num_tokens_for(step, sequence) or 1  # one that was preempted is never passed over
                 self._kv.cover(sequence.blocks, sequence.num_computed_tokens + num_tokens)
-                step.add(sequence, num_tokens)
+                self._compute(step, sequence, num_tokens)
             else:
                 return
+
+    def _compute(self, step: Step, sequence: Sequence, num_tokens: int) -> None:
+        """Put a sequence into the step, at its tenant's cost."""
+        step.add(sequence, num_tokens)
+        request = sequence.request
+        num_charged = num_tokens + step.entries[-1].sample
+        self._shares.charge(request.tenant, num_charged, weight=request.weight, is_prompt=num_tokens > 1)
+
+    def _is_passed_over(self, tenant: str) -> bool:
+        """Whether a tenant has its part of this step, or, where it waits alone, must leave one row in five free."""
+        if not tenant:
+            return False
+        if self._prompt_tokens_left(tenant) == 0:
+            return True
+        num_rows, free = self._num_rows_of[tenant], self._config.max_num_seqs - len(self._running)
+        return self._queue.num_tenants < 2 and num_rows > 0 and num_rows >= ROW_SHARE * (free - 1)
+
+    def _prompt_tokens_left(self, tenant: str) -> int:
+        config = self._config
+        return self._shares.prompt_tokens_left(tenant, config.max_num_batched_tokens, least=config.block_size)
+
+    def _num_tokens_for(self, step: Step, sequence: Sequence) -> int:
+        """Of a sequence's missing tokens, how many go into the step; 0: its tenant has its part already."""
+        num_tokens = step.num_tokens_for(sequence)
+        return num_tokens if num_tokens <= 1 else min(num_tokens, self._prompt_tokens_left(sequence.request.tenant))
 
     def _hold(self, sequence: Sequence, producer: Sequence, *, num_matched: int) -> None:
         """Let a sequence wait for the prefix that a running one is about to have computed."""
@@ -333,6 +363,7 @@ class Scheduler:
         sequence.row = self._rows.take()
         sequence.is_new_row = True
         self._running.append(sequence)
+        self._num_rows_of[sequence.request.tenant] += 1
         self._advance_gate(sequence)
 
     # Applying
@@ -420,6 +451,10 @@ class Scheduler:
 
     def _stop_running(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
+        tenant = sequence.request.tenant
+        self._num_rows_of[tenant] -= 1
+        if not self._num_rows_of[tenant]:
+            del self._num_rows_of[tenant]
         self._probation.end(sequence)
 
     def _requeue(self, sequences: Iterable[Sequence]) -> None:

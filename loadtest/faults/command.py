@@ -14,6 +14,7 @@ import msgspec
 
 from loadtest.faults.aborts import run_aborts
 from loadtest.faults.canaries import run_canaries
+from loadtest.faults.crowd import run_fairness, run_overload, run_slow
 from loadtest.faults.determinism import run_determinism
 from loadtest.faults.kills import run_kills
 from loadtest.faults.ledger import RESULTS, Ledger, read
@@ -186,6 +187,24 @@ async def _machine(ledger: Ledger, seconds: float, seed: int) -> None:
     await run_machines(ledger, num_rules=1_000_000 - done, seconds=seconds)
 
 
+SCRIPTED_CELL, MODEL_CELL = "scripted tier", "default model, native tier"
+
+
+async def _overload(ledger: Ledger, seconds: float, seed: int) -> None:
+    flags = scripted_flags(step_seconds=0.02)
+    await run_overload(ledger, flags=flags, cell=SCRIPTED_CELL, num_output=32, seconds=seconds / 2)
+    await run_overload(ledger, flags=default_flags(), cell=MODEL_CELL, num_output=32, seconds=seconds / 2)
+
+
+async def _fairness(ledger: Ledger, seconds: float, seed: int) -> None:
+    await run_fairness(ledger, flags=scripted_flags(step_seconds=0.02), cell=SCRIPTED_CELL, seconds=seconds / 2)
+    await run_fairness(ledger, flags=default_flags(), cell=MODEL_CELL, seconds=seconds / 2)
+
+
+async def _slow(ledger: Ledger, seconds: float, seed: int) -> None:
+    await run_slow(ledger, flags=scripted_flags(step_seconds=0.02), cell=SCRIPTED_CELL, seconds=seconds)
+
+
 async def _price(ledger: Ledger, seconds: float, seed: int) -> None:
     await run_price(ledger, seconds=seconds)
 
@@ -201,6 +220,9 @@ ITEMS: dict[str, tuple[Callable[[Ledger, float, int], Coroutine[None, None, None
     "canaries": (_canaries, 1.0),
     "determinism": (_determinism, 2.0),
     "machine": (_machine, 2.0),
+    "overload": (_overload, 1.0),
+    "fairness": (_fairness, 1.0),
+    "slow": (_slow, 1.0),
     "price": (_price, 0.5),
 }
 """What there is to run, and its share of the time."""

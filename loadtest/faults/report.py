@@ -81,6 +81,30 @@ _SIMPLE = (
         "convicted was guilty. One trial is one rule; the plan asks for 1,000,000. Figures are of parts of the run.",
     ),
     (
+        "overload",
+        "More than it can do",
+        "Requests a second that are answered whole with a first token within 2 s, at 2, 5 and 10 times of what the "
+        "server answers when it is never idle (16 rows, 48 sequences in flight; Poisson arrivals, nobody tries again). "
+        "Aims: 95 % of the peak, and a refusal within 50 ms at p99, as the client sees it. The client runs on the same "
+        "cores; its own CPU time is told as a share of one core, and not subtracted. `load` is the machine's load "
+        "average when the trial ended: above its number of cores, others had a part in the figures.",
+    ),
+    (
+        "fairness",
+        "One heavy key and nine light ones",
+        "Nine keys ask for little and think in between; then a tenth keeps four times as much in flight as the server "
+        "has rows, with prompts ten times as long. The median TTFT of the nine is to be at most 1.5 times what it is "
+        "alone ([how keys share](how-to/overload.md#keys-side-by-side)). On the scripted tier a step lasts the same "
+        "whatever is in it, so its row shows the queue alone; on the model a step is longer the more it computes.",
+    ),
+    (
+        "slow",
+        "Slow clients",
+        "1,000 connections whose request never ends, one byte every few seconds, and 1,000 that ask for a stream and "
+        "read nothing, beside four honest users. Their TTFT p99 is to be within 10 % of what it is alone, and /health "
+        "is to answer within 20 ms at p99.",
+    ),
+    (
         "price",
         "Price of journal and supervisor",
         "CPU time of journal, supervisor and message "

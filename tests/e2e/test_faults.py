@@ -8,12 +8,13 @@ import pytest
 from app.client.settings import Supervision
 from loadtest.faults.aborts import run_aborts
 from loadtest.faults.canaries import run_canaries
+from loadtest.faults.crowd import run_fairness, run_overload
 from loadtest.faults.kills import run_kills
 from loadtest.faults.ledger import Ledger, Outcome, Trial, read
 from loadtest.faults.matrix import PHASES, cells, run_matrix
 from loadtest.faults.poison import run_poison
 from loadtest.faults.report import bound, render
-from loadtest.faults.server import scripted_settings
+from loadtest.faults.server import scripted_flags, scripted_settings
 from loadtest.faults.streams import scripted_bodies
 from loadtest.faulty_engine import Kind, Phase
 from tests.store_models import default_model_folder
@@ -81,6 +82,18 @@ async def test_canaries_under_kills(tmp_path: Path) -> None:
     await run_canaries(ledger, num_requests=400, seconds=20, seed=1, requests_per_kill=150)
     assert outcomes(ledger)[Outcome.SURVIVED] >= 400
     assert ledger.added[0].figures["kills"] >= 1
+
+
+async def test_crowds_in_short(ledger: Ledger) -> None:
+    """Each kind is run and told; what a machine of tests is worth says nothing of the figures."""
+    flags = scripted_flags(step_seconds=0.005)
+    await run_overload(ledger, flags=flags, cell="scripted", num_output=8, seconds=0.0, share_seconds=0.5)
+    await run_fairness(ledger, flags=flags, cell="scripted", seconds=1.0, warm_seconds=0.2)
+    trials = {(trial.item, trial.cell): trial for trial in ledger.added}
+    assert {"2x", "5x", "10x"} == {cell.rpartition(" ")[2] for item, cell in trials if item == "overload"}
+    assert all("broken" not in trial.detail and "failed" not in trial.detail for trial in ledger.added)
+    assert all(trial.figures["goodput_per_second"] > 0 for trial in ledger.added if trial.item == "overload")
+    assert trials["fairness", "scripted"].figures["requests"] >= 9
 
 
 async def test_a_stream_that_differs_is_told(ledger: Ledger) -> None:

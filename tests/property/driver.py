@@ -305,6 +305,7 @@ class Driver:
         )
         for group in (scheduler._queue._preempted, *scheduler._queue._by_tenant.values()):
             assert [s.queue_key for s in group] == sorted(s.queue_key for s in group)
+        assert scheduler._num_rows_of == Counter(s.request.tenant for s in scheduler._running)
         running = set(scheduler._running)
         assert all(producer in running for producer in held.values()), "held for a sequence that does not run"
         assert all(s.num_computed_tokens < len(s.token_ids) for s in running)

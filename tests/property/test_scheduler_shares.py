@@ -102,6 +102,19 @@ def test_a_priority_orders_a_tenants_own_work_alone() -> None:
     driver.run_until_idle()
 
 
+def test_whoever_comes_finds_a_row() -> None:
+    driver = Driver(make_config(num_kv_blocks=200, max_num_seqs=10, enable_prefix_caching=False))
+    for index in range(40):
+        driver.add(request(f"heavy-{index}", "heavy", max_tokens=20))
+    for _ in range(10):
+        driver.step()
+    assert len(driver.scheduler._running) == 8
+    driver.add(request("light", "light"))
+    driver.step()
+    assert "light" in [sequence.request_id for sequence in driver.scheduler._running]
+    driver.run_until_idle()
+
+
 def test_not_having_asked_earns_nothing() -> None:
     shares = Shares()
     shares.lift("busy", [])
