@@ -1,39 +1,32 @@
-"""Serving one generating request, from its first byte to its last, as a raw ASGI response.
+"""Serving one generating request that has been checked: admission, its sequences, its answer, whole or as a stream.
 
-An endpoint says what its body means and how its answer is worded; everything between is here and the same
-for all of them. Whatever ends the request (its end, an error, a closed connection), every admitted sequence
-leaves admission, is counted in the metrics with one finish reason, and is aborted in the engine if it still ran.
+An endpoint says what its body means and how its answer is worded; everything between is the same for all of them,
+here and, before it, in `app.api.generation_run`. Whatever ends the request (its end, an error, a closed connection),
+every admitted sequence leaves admission, is counted in the metrics with one finish reason, and is aborted in the engine
+if it still ran.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import cast
 
 import msgspec
-from starlette.datastructures import Headers
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from app.api.admission import Place
 from app.api.answers import AnswerForm, AnswerHead
-from app.api.body import ClientDisconnected, check_headers, read_body
-from app.api.cursor import LAST_EVENT_ID
-from app.api.deadline import HEADER as DEADLINE_HEADER
-from app.api.deadline import Deadline, read_deadline
+from app.api.deadline import Deadline
 from app.api.deps import ServerContext
-from app.api.disconnect import run_until_disconnect
 from app.api.errors import is_expected, kind_of
 from app.api.portable_plan import plan_stream
 from app.api.record import RequestRecord
 from app.api.respond import JSON
 from app.api.resumption import INEXACT_COMMENT, resume_header
-from app.api.schemas.decode import decode_keys
-from app.api.schemas.field_rules import FieldTable, UnknownFields, ignored_header
+from app.api.schemas.field_rules import ignored_header
 from app.api.sequence_text import Delta, SequenceAborted, SequenceText
-from app.api.share import Share
 from app.api.sse import EventStream
 from app.api.translate import PreparedGeneration, PreparedSequence, num_ids
 from app.core.errors import DeadlineExceeded, EngineFailed, QueueTimeout
@@ -53,26 +46,6 @@ class Prepared:
     make_form: Callable[[AnswerHead, Sequence[SequenceText]], AnswerForm]
     ignored: tuple[str, ...] = ()
     """Fields without effect beside those that the table tells."""
-
-
-class Endpoint(Protocol):
-    """What is one endpoint's own."""
-
-    @property
-    def table(self) -> FieldTable: ...
-
-    async def prepare(
-        self,
-        body: bytes,
-        fields: Mapping[str, msgspec.Raw],
-        context: ServerContext,
-        *,
-        limits: EngineLimits,
-        tenant: str,
-        unknown: UnknownFields,
-    ) -> Prepared:
-        """Check the body and turn it into sequences. Raises ClientError."""
-        ...
 
 
 class LiveSequence:
@@ -305,101 +278,6 @@ class GenerationAnswer:
                 raise
         finally:
             await events.close()
-
-
-class GenerationRun(Response):
-    """The response object of one generating request; it reads the body itself."""
-
-    def __init__(self, context: ServerContext, endpoint: Endpoint) -> None:
-        self.background = None
-        self._context = context
-        self._endpoint = endpoint
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the request. Errors before the first byte are raised, later ones become an event."""
-        context, record = self._context, RequestRecord.of(scope)
-        context.ready_limits()
-        deadline = self._deadline(scope, record)
-        with ExitStack() as parsing:
-            check_headers(scope, context.limits)
-            room = parsing.enter_context(context.admission.enter(record.share))
-            try:
-                body = await read_body(receive, context.limits, room=room)
-            except ClientDisconnected:
-                return
-            last_event_id = Headers(scope=scope).get(LAST_EVENT_ID, "")
-            serving = self._serve(body, record, send, parsing=parsing, deadline=deadline, last_event_id=last_event_id)
-            del body  # a long answer must not hold it
-            await run_until_disconnect(receive, serving)
-
-    def _deadline(self, scope: Scope, record: RequestRecord) -> Deadline:
-        limits, metrics = self._context.limits, self._context.metrics
-        asked = read_deadline(Headers(scope=scope).get(DEADLINE_HEADER))
-        given = [seconds for seconds in (asked, limits.request_timeout) if seconds is not None]
-        return Deadline(
-            arrived=record.arrived,
-            total=min(given, default=None),
-            queue=limits.queue_timeout,
-            on_expiry=metrics.count_timeout,
-        )
-
-    async def _serve(
-        self,
-        body: bytes,
-        record: RequestRecord,
-        send: Send,
-        *,
-        parsing: ExitStack,
-        deadline: Deadline,
-        last_event_id: str,
-    ) -> None:
-        """Turn the body into an answer and send it. `parsing` is closed once the body is no longer held."""
-        context, table = self._context, self._endpoint.table
-        limits = context.ready_limits()
-        unknown = table.unknown if context.limits.unknown_fields is None else context.limits.unknown_fields
-        fields = decode_keys(body)
-        ignored = table.sort(fields, unknown=unknown)
-        async with deadline.hold():
-            prepared = await self._endpoint.prepare(
-                body, fields, context, limits=limits, tenant=record.tenant, unknown=unknown
-            )
-        ignored += prepared.ignored
-        if _claims_more(prepared, record.share):
-            ignored += ("priority",)
-        answer = GenerationAnswer(
-            _in_share(prepared, record.share),
-            context,
-            limits=limits,
-            record=record,
-            deadline=deadline,
-            ignored=ignored,
-            last_event_id=last_event_id,
-        )
-        del body, fields
-        parsing.close()
-        await answer.send(send)
-
-
-def _in_share(prepared: Prepared, share: Share) -> Prepared:
-    """With requests that say whose they are."""
-    if not share.tenant:
-        return prepared
-    sequences = tuple(
-        replace(sequence, engine_request=_request_in_share(sequence.engine_request, share))
-        for sequence in prepared.generation.sequences
-    )
-    return replace(prepared, generation=replace(prepared.generation, sequences=sequences))
-
-
-def _request_in_share(request: EngineRequest, share: Share) -> EngineRequest:
-    priority = request.priority if share.best_priority is None else max(request.priority, share.best_priority)
-    return msgspec.structs.replace(request, tenant=share.tenant, weight=share.weight, priority=priority)
-
-
-def _claims_more(prepared: Prepared, share: Share) -> bool:
-    """Whether the request's priority is better than its key allows: it gets the best that is allowed."""
-    requests = [sequence.engine_request for sequence in prepared.generation.sequences]
-    return share.best_priority is not None and any(one.priority < share.best_priority for one in requests)
 
 
 def _finish_reason_of(error: Exception) -> FinishReason:

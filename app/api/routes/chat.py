@@ -4,7 +4,7 @@ from fastapi import APIRouter, Response
 
 from app.api.chat_form import ChatEndpoint
 from app.api.deps import ServerContext
-from app.api.generation import GenerationRun
+from app.api.generation_run import GenerationRun
 from app.api.openapi import resumable_body, stream_reply
 from app.api.schemas.chat import ChatChunk, ChatRequest, ChatResponse
 

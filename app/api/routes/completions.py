@@ -4,7 +4,7 @@ from fastapi import APIRouter, Response
 
 from app.api.completion_form import CompletionEndpoint
 from app.api.deps import ServerContext
-from app.api.generation import GenerationRun
+from app.api.generation_run import GenerationRun
 from app.api.openapi import resumable_body, stream_reply
 from app.api.schemas.completions import CompletionRequest, CompletionResponse
 

@@ -5,7 +5,7 @@ from fastapi import APIRouter, Request, Response
 from app.api.body import check_headers, read_body
 from app.api.deps import ServerContext
 from app.api.errors import MessagesErrorBody
-from app.api.generation import GenerationRun
+from app.api.generation_run import GenerationRun
 from app.api.messages_form import MessagesEndpoint
 from app.api.messages_prompt import render_conversation
 from app.api.openapi import BODY_ERRORS, json_body, json_reply, messages_reply, timed_body

@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from app.api.deps import ServerContext
-from app.api.generation import GenerationRun
+from app.api.generation_run import GenerationRun
 from app.api.openapi import json_reply, responses_reply, timed_body
 from app.api.record import RequestRecord
 from app.api.respond import JSON, JsonResponse
