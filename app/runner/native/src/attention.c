@@ -119,9 +119,11 @@ static void draw_block(const uint16_t *block, int dim) {
 }
 
 /* The block that is needed next is drawn in while this one is multiplied; by the first tile alone. */
-static void draw_beside(tile_in *t, const uint16_t *next, int tile) {
-    t->ahead = (const char *)next;
-    t->ahead_step = tile == 0 ? t->w_stride * 4 : 0;
+static void draw_next(tile_in *t, const uint16_t *next, int tile) {
+    const long step = tile == 0 ? t->w_stride * 4 : 0;
+    t->near = (stream){(const char *)next, step};
+    t->far = (stream){t->near.at + 128, step};
+    t->beside = (stream){t->near.at + 192, step};
 }
 
 static void scores_of(attention_scratch *s, const uint16_t *keys, const uint16_t *next, int from, int rows, int columns,
@@ -130,7 +132,7 @@ static void scores_of(attention_scratch *s, const uint16_t *keys, const uint16_t
     for (int i = 0; i < count; i++) {
         int row = from + tile_start(rows - from, count, i), end = from + tile_start(rows - from, count, i + 1);
         tile_in t = {.x = s->q + row * dim, .x_stride = dim / 2, .w = keys, .w_stride = BLOCK_TOKENS, .groups = dim / 2};
-        draw_beside(&t, next, i);
+        draw_next(&t, next, i);
         tile_run_bf16(&t, end - row, columns, NULL, 0, s->scores + row * BLOCK_TOKENS, BLOCK_TOKENS);
     }
 }
@@ -143,7 +145,7 @@ static void add_values(attention_scratch *s, const uint16_t *values, const uint1
         int row = from + tile_start(rows - from, count, i), end = from + tile_start(rows - from, count, i + 1);
         tile_in t = {.x = s->p + row * BLOCK_TOKENS, .x_stride = BLOCK_TOKENS / 2, .w = values, .w_stride = dim};
         t.groups = (tokens + 1) / 2;
-        draw_beside(&t, next, i);
+        draw_next(&t, next, i);
         float *out = s->out + row * dim;
         tile_run_bf16(&t, end - row, dim, out, dim, out, dim);
     }

@@ -5,6 +5,12 @@
 
 #include "blocks.h"
 
+#define STRIP 64      /* groups of k that are read by all tiles while they are in L1 */
+#define STRIP_ROWS 16 /* with more rows arithmetic takes so long that reading weights again from L2 costs nothing */
+#define LINE 64       /* bytes that memory brings at once */
+#define GROUP_BYTES (COLUMNS * 4L)
+#define NEAR_STEPS 16 /* how far one tile alone runs ahead of itself */
+
 static void finish_store(const finish *f, const float *y, int row, int column, int width) {
     float *out = f->out + row * f->stride + column;
     for (int c = 0; c < width; c += VL) v_store(out + c, v_load(y + c));
@@ -97,45 +103,120 @@ static void rescale_wide(const hw_linear *lin, const int32_t *high, const int32_
     }
 }
 
-/* One tile of rows against one column block (or half of one). */
-static void tile_rows(const hw_linear *lin, const linear_in *in, tile_in *t, int row, int rows, int column, int width,
-                      const finish *done) {
-    float y[MR_MAX][COLUMNS];
-    if (lin->byte_rows) {
-        int32_t sums[MR_MAX][COLUMNS];
-        t->x = in->bytes + row * lin->byte_rows * in->stride;
-        tile_run_int8(t, rows * lin->byte_rows, width, sums[0], COLUMNS);
-        for (int m = 0; m < rows; m++) {
-            float scale = in->scales[row + m];
-            if (lin->byte_rows == 1) rescale(lin, sums[m], scale, column, width, y[m]);
-            else rescale_wide(lin, sums[2 * m], sums[2 * m + 1], scale, column, width, y[m]);
-        }
+/* The columns of one unit or two. */
+typedef struct {
+    const hw_linear *lin;
+    const linear_in *in;
+    const finish *done;
+    const drawing *beside;
+    const char *weights; /* of the first column */
+    int column, width;
+} piece;
+
+/* Sums of some rows: bf16, or int8 with byte_rows rows to a row of inputs. */
+typedef union {
+    float bf16[STRIP_ROWS][COLUMNS];
+    int32_t int8[STRIP_ROWS * 2][COLUMNS];
+} sums;
+
+static int groups_of(const hw_linear *lin) { return lin->k / (lin->byte_rows ? 4 : 2); }
+
+/* Rows of inputs that one tile holds. */
+static int tile_height(const hw_linear *lin) { return lin->byte_rows == 2 ? MR_MAX / 2 : MR_MAX; }
+
+/* Add t->groups groups of k, from `from` on, to the sums of `rows` rows from `row` on, which are those from `at` on. */
+static void add_tile(const piece *p, tile_in *t, int row, int rows, int from, sums *s, int at) {
+    const int byte_rows = p->lin->byte_rows;
+    t->w = p->weights + from * GROUP_BYTES;
+    if (byte_rows) {
+        int32_t *out = s->int8[at * byte_rows];
+        t->x = p->in->bytes + row * byte_rows * p->in->stride + from * 4;
+        tile_run_int8(t, rows * byte_rows, p->width, from ? out : NULL, out, COLUMNS);
     } else {
-        t->x = in->bf16 + row * in->stride;
-        tile_run_bf16(t, rows, width, lin->bias ? lin->bias + column : NULL, 0, y[0], COLUMNS);
+        const float *bias = p->lin->bias ? p->lin->bias + p->column : NULL;
+        float *out = s->bf16[at];
+        t->x = p->in->bf16 + row * p->in->stride + from * 2;
+        tile_run_bf16(t, rows, p->width, from ? out : bias, from ? COLUMNS : 0, out, COLUMNS);
     }
-    for (int m = 0; m < rows; m++) finish_row(done, y[m], row + m, column, width);
 }
 
-void linear_run(const hw_linear *lin, const linear_in *in, int rows, const finish *done, int from, int to) {
+static void finish_rows(const piece *p, int row, int rows, const sums *s) {
+    _Alignas(64) float y[STRIP_ROWS][COLUMNS];
+    const float *scales = p->in->scales + row;
+    if (p->lin->byte_rows == 1)
+        for (int m = 0; m < rows; m++) rescale(p->lin, s->int8[m], scales[m], p->column, p->width, y[m]);
+    if (p->lin->byte_rows == 2)
+        for (int m = 0; m < rows; m++)
+            rescale_wide(p->lin, s->int8[2 * m], s->int8[2 * m + 1], scales[m], p->column, p->width, y[m]);
+    const float *values = p->lin->byte_rows ? y[0] : s->bf16[0];
+    for (int m = 0; m < rows; m++) finish_row(p->done, values + m * COLUMNS, row + m, p->column, p->width);
+}
+
+static tile_in tile_of(const piece *p) {
+    return (tile_in){.w_stride = COLUMNS, .x_stride = p->in->stride / (p->lin->byte_rows ? 4 : 2)};
+}
+
+/* Few rows: a strip of k at a time goes through all tiles, each of which draws a part of the next strip. Sums rest in
+ * memory between strips, which changes no bit of them. One tile alone draws the next lines of what it reads. */
+static void run_strips(const piece *p, int rows) {
+    _Alignas(64) sums s;
+    const int groups = groups_of(p->lin), count = tile_count(rows, tile_height(p->lin));
+    const int strip = count == 1 ? groups : STRIP;
+    const long step = GROUP_BYTES / count;
+    tile_in t = tile_of(p);
+    for (int from = 0; from < groups; from += strip) {
+        t.groups = groups - from < strip ? groups - from : strip;
+        const char *after = p->weights + (long)(from + (count == 1 ? NEAR_STEPS : strip)) * GROUP_BYTES;
+        for (int i = 0; i < count; i++) {
+            const int row = tile_start(rows, count, i), next = tile_start(rows, count, i + 1);
+            t.near = (stream){after + i * step * t.groups, step};
+            t.far = (stream){t.near.at + GROUP_BYTES / 2, step}; /* the same lines again, unless one tile has all four */
+            t.beside = (stream){t.near.at + GROUP_BYTES * 3 / 4, step};
+            add_tile(p, &t, row, next - row, from, &s, row);
+        }
+    }
+    finish_rows(p, 0, rows, &s);
+}
+
+/* What the `index`-th of the `count` tiles of a block of columns draws of what lies beside. */
+static stream part_beside(const piece *p, int index, int count) {
+    const drawing *d = p->beside;
+    const long tiles = (long)p->lin->n_pad / COLUMNS * count, lines = (d->to - d->from + tiles - 1) / tiles;
+    const long line = d->from + (p->column / COLUMNS * (long)count + index) * lines, groups = groups_of(p->lin);
+    if (line >= d->to) return (stream){p->weights, 0};
+    const char *region = d->base + d->blocks[line / d->region_lines] * d->stride;
+    return (stream){region + line % d->region_lines * LINE, lines < groups ? lines * LINE / groups : LINE};
+}
+
+/* Many rows: a tile goes through all of k, and draws a part of the next columns. */
+static void run_tiles(const piece *p, int rows) {
+    _Alignas(64) sums s;
+    const int groups = groups_of(p->lin), count = tile_count(rows, tile_height(p->lin));
+    const long step = GROUP_BYTES / count;
+    tile_in t = tile_of(p);
+    t.groups = groups;
+    t.near = t.beside = (stream){p->weights, 0};
+    for (int i = 0; i < count; i++) {
+        const int row = tile_start(rows, count, i), next = tile_start(rows, count, i + 1);
+        t.far = (stream){p->weights + (GROUP_BYTES + i * step) * groups, step};
+        if (p->beside && p->column % COLUMNS == 0) t.beside = part_beside(p, i, count);
+        add_tile(p, &t, row, next - row, 0, &s, 0);
+        finish_rows(p, row, next - row, &s);
+    }
+}
+
+void linear_run(const hw_linear *lin, const linear_in *in, int rows, const finish *done, const drawing *beside,
+                int from, int to) {
     if (lin->blocks) {
         blocks_run(lin, in, rows, done, from, to);
         return;
     }
-    const int per_group = lin->byte_rows ? 4 : 2;
-    const long groups = lin->k / per_group, block_bytes = groups * COLUMNS * 4;
-    const int count = tile_count(rows, lin->byte_rows == 2 ? MR_MAX / 2 : MR_MAX);
+    const long block_bytes = groups_of(lin) * GROUP_BYTES;
     for (int unit = from, step; unit < to; unit += step) {
         step = (unit % 2 == 0 && unit + 1 < to) ? 2 : 1;
-        const char *block = (const char *)lin->weight + unit / 2 * block_bytes;
-        tile_in t = {.w = block + unit % 2 * UNIT * 4, .w_stride = COLUMNS, .groups = (int)groups};
-        t.x_stride = in->stride / per_group;
-        t.ahead_step = COLUMNS * 4 / count;
-        for (int i = 0; i < count; i++) {
-            int row = tile_start(rows, count, i), next = tile_start(rows, count, i + 1);
-            /* One tile: run ahead in this block. Several: each draws its share of the next block. */
-            t.ahead = count == 1 ? block + 16 * COLUMNS * 4 : block + block_bytes + i * t.ahead_step * groups;
-            tile_rows(lin, in, &t, row, next - row, unit * UNIT, step * UNIT, done);
-        }
+        const char *weights = (const char *)lin->weight + unit / 2 * block_bytes + unit % 2 * UNIT * 4;
+        const piece p = {lin, in, done, beside, weights, unit * UNIT, step * UNIT};
+        if (rows <= STRIP_ROWS) run_strips(&p, rows);
+        else run_tiles(&p, rows);
     }
 }

@@ -44,8 +44,17 @@ typedef struct {
     long stride; /* elements */
 } linear_in;
 
-/* Units of columns from .. to - 1, for all rows. */
-void linear_run(const hw_linear *linear, const linear_in *in, int rows, const finish *done, int from, int to);
+/* Memory that is drawn into the caches while a linear of many rows computes and memory has little to do: lines
+ * from .. to - 1 of regions that lie `stride` bytes apart, in the order of `blocks`. */
+typedef struct {
+    const char *base;
+    const int32_t *blocks;
+    long stride, region_lines, from, to;
+} drawing;
+
+/* Units of columns from .. to - 1, for all rows. beside: NULL, or what all units together draw in. */
+void linear_run(const hw_linear *linear, const linear_in *in, int rows, const finish *done, const drawing *beside,
+                int from, int to);
 /* What is done to `width` columns of one row once they are there. */
 void finish_row(const finish *done, const float *y, int row, int column, int width);
 void best_reset(lane_best *best, int rows);

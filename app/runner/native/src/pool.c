@@ -48,6 +48,10 @@ struct hw_pool {
     int solo_left, solo_next;
     pthread_t *threads;
     share *shares;
+#ifdef HW_PROFILE
+    int profiled;
+    uint64_t *profile;
+#endif
 };
 
 struct worker {
@@ -60,6 +64,27 @@ static uint64_t now_ns(void) {
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
+
+#ifdef HW_PROFILE
+static uint64_t cpu_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+void pool_profile(hw_pool *pool, int num_phases, uint64_t *ns) {
+    pool->profiled = num_phases;
+    pool->profile = ns;
+}
+
+#define PROFILE_BEGIN uint64_t profile_begin = cpu_ns()
+#define PROFILE_END(pool, region, phase, thread)                                    \
+    if ((thread) == 0 && (pool)->profile && (region)->num_phases == (pool)->profiled) \
+    (pool)->profile[phase] += cpu_ns() - profile_begin
+#else
+#define PROFILE_BEGIN
+#define PROFILE_END(pool, region, phase, thread)
+#endif
 
 static uint32_t tag_of(uint64_t word) { return (uint32_t)(word >> 32); }
 static uint32_t pieces_of(uint64_t round) { return (uint32_t)round; }
@@ -149,8 +174,10 @@ static uint32_t run_share(hw_pool *pool, uint64_t round, int owner, int thread) 
     uint32_t total = 0, from, count;
     while ((count = take(pool, round, owner, &from)) > 0) {
         const int grain = pool->grain, last = (int)(from + count) * grain;
+        PROFILE_BEGIN;
         pool->region->run(pool->region->job, pool->phase, (int)from * grain, last < pool->items ? last : pool->items,
                           thread);
+        PROFILE_END(pool, pool->region, pool->phase, thread);
         total += count;
     }
     return total;
@@ -189,10 +216,13 @@ static void judge(hw_pool *pool, uint64_t wall_ns) {
     }
 }
 
-static void run_alone(const hw_region *region) {
+static void run_alone(hw_pool *pool, const hw_region *region) {
+    (void)pool;
     for (int phase = 0; phase < region->num_phases; phase++) {
         int items = region->count(region->job, phase);
+        PROFILE_BEGIN;
         if (items > 0) region->run(region->job, phase, 0, items, 0);
+        PROFILE_END(pool, region, phase, 0);
     }
 }
 
@@ -213,7 +243,7 @@ int pool_run(hw_pool *pool, const hw_region *region) {
     const unsigned before = _mm_getcsr();
     _mm_setcsr(MXCSR_FLUSH);
     if (pool->solo_left > 0) pool->solo_left--;
-    if (is_alone) run_alone(region);
+    if (is_alone) run_alone(pool, region);
     else run_together(pool, region);
     _mm_setcsr(before);
     return is_alone ? 1 : pool->num_threads;

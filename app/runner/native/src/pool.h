@@ -21,4 +21,8 @@ void pool_close(hw_pool *pool);
  * each. Returns how many threads were asked. */
 int pool_run(hw_pool *pool, const hw_region *region);
 int pool_threads(const hw_pool *pool);
+#ifdef HW_PROFILE
+/* CPU time of the calling thread in each phase of all regions with `num_phases` phases; `ns` has that many. Add to it. */
+void pool_profile(hw_pool *pool, int num_phases, uint64_t *ns);
+#endif
 #endif

@@ -22,6 +22,7 @@
 #endif
 
 #define ALIGN 64
+#define MOST_HELD 1024 /* blocks that are drawn in before their layer: beyond that caches hold no more */
 
 struct hw_context {
     hw_pool *pool;
@@ -33,9 +34,10 @@ struct hw_context {
     uint8_t *bytes;
     block_scale *block_scales;
     query_block *queries;
+    int32_t *held; /* blocks that the step reads, num_held of them */
     lane_best *best;              /* [thread][logits row] */
     attention_scratch *attention; /* [thread] */
-    int num_queries;
+    int num_queries, num_held;
 };
 
 typedef struct {
@@ -75,6 +77,7 @@ static size_t lay_out(hw_context *c, const hw_model *m, const hw_step *s, char *
     c->scales = carve(&at, rows * sizeof(float));
     c->block_scales = carve(&at, m->has_blocks ? rows * (size_t)(widest(m) / BLOCK_K) * sizeof(block_scale) : 0);
     c->queries = carve(&at, tokens * sizeof(query_block));
+    c->held = carve(&at, MOST_HELD * sizeof(int32_t));
     c->best = carve(&at, threads * rows * sizeof(lane_best));
     c->attention = carve(&at, threads * sizeof(attention_scratch));
     return (size_t)(at - base);
@@ -101,6 +104,16 @@ static void plan_queries(hw_context *c, const hw_model *m, const hw_step *s) {
             int left = s->entry_starts[e + 1] - t;
             c->queries[c->num_queries++] = (query_block){e, t, left < most ? left : most};
         }
+}
+
+/* The blocks of all sequences: their keys and values are drawn in while the layer before multiplies. */
+static void plan_drawing(hw_context *c, const hw_step *s) {
+    c->num_held = 0;
+    for (int e = 0; e < s->num_entries; e++) {
+        const int last = s->positions[s->entry_starts[e + 1] - 1] / BLOCK_TOKENS;
+        for (int b = 0; b <= last && c->num_held < MOST_HELD; b++)
+            c->held[c->num_held++] = s->block_tables[s->table_starts[e] + b];
+    }
 }
 
 /* ---- what is done to some of the items of a phase ---- */
@@ -165,12 +178,12 @@ static void attend_items(const job *j, const hw_layer *layer, int from, int to, 
 
 /* x times some columns of a linear into `done`; where its inputs are bytes, they are there. */
 static void project(const job *j, const hw_linear *lin, const uint16_t *x, long stride, int rows, const finish *done,
-                    int from, int to) {
+                    const drawing *beside, int from, int to) {
     linear_in in = {.bf16 = x, .stride = stride};
     if (lin->byte_rows)
         in = (linear_in){.bytes = j->ctx->bytes, .scales = j->ctx->scales, .blocks = j->ctx->block_scales,
                          .stride = widest(j->model)};
-    linear_run(lin, &in, rows, done, from, to);
+    linear_run(lin, &in, rows, done, beside, from, to);
 }
 
 /* ---- phases ---- */
@@ -180,6 +193,20 @@ enum {
     QUANTISE_ACTIVATED, DOWN, JOIN_MLP, LAYER_PHASES
 };
 enum { HEAD_NORM, HEAD, SETTLE, HEAD_PHASES };
+
+#define MOST_DRAWING 64 /* rows: with more of them attention is a small part, and computes longer than it reads */
+
+/* Thirds first .. last - 1 of the keys and values that the layer after `layer` reads; NULL: there is none. */
+static const drawing *of_next_layer(const job *j, const hw_layer *layer, int first, int last, drawing *d) {
+    const hw_model *m = j->model;
+    const long bytes = m->block_stride / m->num_layers * (long)sizeof(uint16_t); /* K and V lie together */
+    if (layer + 1 == m->layers + m->num_layers || j->step->num_tokens > MOST_DRAWING) return NULL;
+    *d = (drawing){.base = (const char *)layer[1].k_cache, .blocks = j->ctx->held, .region_lines = bytes / 64};
+    d->stride = m->block_stride * (long)sizeof(uint16_t);
+    d->from = j->ctx->num_held * d->region_lines * first / 3;
+    d->to = j->ctx->num_held * d->region_lines * last / 3;
+    return d;
+}
 
 static int units(const hw_linear *lin) { return lin->n_pad / UNIT; }
 
@@ -209,18 +236,25 @@ static void layer_run(const job *j, const hw_layer *layer, int phase, int from, 
     const finish to_residual = {.kind = m->has_post_norms ? FINISH_STORE : FINISH_ADD,
                                 .out = m->has_post_norms ? c->branch : c->residual, .stride = m->hidden_pad};
     const finish to_activated = {.kind = activations[m->activation], .out16 = c->activated, .stride = m->act_pad};
+    drawing d;
     switch (phase) {
         case ATTENTION_NORM: norm_rows(j, layer->attention_norm, layer->attention_norm_bias, &layer->qkv, from, to); break;
-        case QKV: project(j, &layer->qkv, c->x, m->hidden_pad, rows, &to_qkv, from, to); break;
+        case QKV: project(j, &layer->qkv, c->x, m->hidden_pad, rows, &to_qkv, NULL, from, to); break;
         case ROTATE: rotate_and_store(j, layer, from, to); break;
         case ATTEND: attend_items(j, layer, from, to, thread); break;
         case QUANTISE_ATTENDED: quantise_rows(j, &layer->output, c->attended, attended_stride(m), from, to); break;
-        case OUTPUT: project(j, &layer->output, c->attended, attended_stride(m), rows, &to_residual, from, to); break;
+        case OUTPUT:
+            project(j, &layer->output, c->attended, attended_stride(m), rows, &to_residual, NULL, from, to);
+            break;
         case JOIN_ATTENDED: join_rows(j, layer->post_attention_norm, from, to); break;
         case MLP_NORM: norm_rows(j, layer->mlp_norm, layer->mlp_norm_bias, &layer->gate_up, from, to); break;
-        case GATE_UP: project(j, &layer->gate_up, c->x, m->hidden_pad, rows, &to_activated, from, to); break;
+        case GATE_UP:
+            project(j, &layer->gate_up, c->x, m->hidden_pad, rows, &to_activated, of_next_layer(j, layer, 0, 2, &d), from, to);
+            break;
         case QUANTISE_ACTIVATED: quantise_rows(j, &layer->down, c->activated, m->act_pad, from, to); break;
-        case DOWN: project(j, &layer->down, c->activated, m->act_pad, rows, &to_residual, from, to); break;
+        case DOWN:
+            project(j, &layer->down, c->activated, m->act_pad, rows, &to_residual, of_next_layer(j, layer, 2, 3, &d), from, to);
+            break;
         case JOIN_MLP: join_rows(j, layer->post_mlp_norm, from, to); break;
     }
 }
@@ -265,7 +299,7 @@ static void head_run(const job *j, int phase, int from, int to, int thread) {
                               .best = c->best + (long)thread * s->num_logits, .columns = m->vocab, .cap = m->logit_cap};
     switch (phase) {
         case HEAD_NORM: head_rows(j, from, to); break;
-        case HEAD: project(j, &m->head, c->x, m->hidden_pad, s->num_logits, &to_logits, from, to); break;
+        case HEAD: project(j, &m->head, c->x, m->hidden_pad, s->num_logits, &to_logits, NULL, from, to); break;
         case SETTLE: for (int r = from; r < to; r++) settle_best(j, r); break;
     }
 }
@@ -314,6 +348,7 @@ int32_t hw_forward(hw_context *c, const hw_model *model, const hw_step *step) {
     if (reserve(c, lay_out(c, model, step, NULL))) return -1;
     lay_out(c, model, step, c->memory);
     plan_queries(c, model, step);
+    plan_drawing(c, step);
     job j = {c, model, step};
     const int phases = 1 + model->num_layers * LAYER_PHASES + HEAD_PHASES;
     return pool_run(c->pool, &(hw_region){phases, forward_count, forward_run, &j});
@@ -363,7 +398,7 @@ static void linears_run(const void *arg, int phase, int from, int to, int thread
     const hw_linear *lin = &j->layers[phase].qkv + j->which;
     finish done = {.kind = j->which == 0 ? FINISH_STORE : FINISH_ADD, .out = j->out, .stride = lin->n_pad};
     if (j->which == 2) done = (finish){.kind = FINISH_SILU_MUL, .out16 = (uint16_t *)j->out, .stride = lin->n_pad / 2};
-    linear_run(lin, &j->in, j->rows, &done, from, to);
+    linear_run(lin, &j->in, j->rows, &done, NULL, from, to);
 }
 
 /* One linear of every layer, one after the other, each finished as a step finishes it. x: bf16, or bytes
@@ -391,6 +426,13 @@ void hw_run_attention(hw_context *c, const hw_model *model, const hw_step *step)
     job j = {c, model, step};
     pool_run(c->pool, &(hw_region){model->num_layers, attention_count, attention_run, &j});
 }
+
+#ifdef HW_PROFILE
+/* From now on add the calling thread's CPU time in each phase of hw_forward to `ns`: embedding, LAYER_PHASES a layer, HEAD_PHASES. */
+void hw_profile(hw_context *c, const hw_model *model, uint64_t *ns) {
+    pool_profile(c->pool, 1 + model->num_layers * LAYER_PHASES + HEAD_PHASES, ns);
+}
+#endif
 
 /* Sizes of the structs, for Python to compare with its own. */
 void hw_sizes(int32_t *out) {

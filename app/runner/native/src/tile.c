@@ -8,9 +8,9 @@
         const tile_in local = *in;                                                                            \
         tile_bf16(mr, nv, &local, init, init_stride, out, out_stride);                                        \
     }                                                                                                         \
-    NOINLINE void int8_##mr##x##nv(const tile_in *in, int32_t *out, long out_stride) {                        \
+    NOINLINE void int8_##mr##x##nv(const tile_in *in, const int32_t *init, int32_t *out, long out_stride) {   \
         const tile_in local = *in;                                                                            \
-        tile_int8(mr, nv, &local, out, out_stride);                                                           \
+        tile_int8(mr, nv, &local, init, out, out_stride);                                                     \
     }
 #define FOR_ROWS(DO, nv) DO(1, nv) DO(2, nv) DO(3, nv) DO(4, nv) MORE_ROWS(DO, nv)
 #if MR_MAX == 6
@@ -25,7 +25,7 @@ FOR_ROWS(DEFINE, 4)
 #endif
 
 typedef void (*bf16_fn)(const tile_in *, const float *, long, float *, long);
-typedef void (*int8_fn)(const tile_in *, int32_t *, long);
+typedef void (*int8_fn)(const tile_in *, const int32_t *, int32_t *, long);
 
 #define BF16_ENTRY(mr, nv) [mr] = bf16_##mr##x##nv,
 #define INT8_ENTRY(mr, nv) [mr] = int8_##mr##x##nv,
@@ -61,11 +61,11 @@ void tile_run_bf16(const tile_in *in, int rows, int columns, const float *init, 
     }
 }
 
-void tile_run_int8(const tile_in *in, int rows, int columns, int32_t *out, long out_stride) {
+void tile_run_int8(const tile_in *in, int rows, int columns, const int32_t *init, int32_t *out, long out_stride) {
     tile_in part = *in;
     for (int c = 0, vectors; c < columns; c += vectors * VL) {
         vectors = vectors_for(columns - c);
         part.w = (const int32_t *)in->w + c;
-        int8_tiles[vectors][rows](&part, out + c, out_stride);
+        int8_tiles[vectors][rows](&part, init ? init + c : init, out + c, out_stride);
     }
 }

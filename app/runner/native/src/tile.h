@@ -8,25 +8,31 @@
 #include "headwater.h"
 #include "vmath.h"
 
+/* Where to draw memory in from: so many bytes further at each step. */
+typedef struct {
+    const char *at;
+    long step;
+} stream;
+
 typedef struct {
     const void *x;    /* row-major, a 32-bit group of values at a time */
     long x_stride;    /* in 32-bit groups */
     const void *w;    /* [groups][w_stride] 32-bit groups */
     long w_stride;    /* 32-bit groups from one k to the next */
     int groups;       /* k / G */
-    const char *ahead; /* memory that is needed next: drawn into L2 meanwhile */
-    long ahead_step;   /* bytes of it a step */
+    stream near, far, beside; /* memory that is needed next: at each step two lines into L1, one and one into L2 */
 } tile_in;
 
 #define ROWS_LOOP _Pragma("GCC unroll 8") for (int m = 0; m < mr; m++)
 #define VECS_LOOP _Pragma("GCC unroll 4") for (int j = 0; j < nv; j++)
 
+/* The same four instructions for every tile: a branch here costs more than a line that is there already. */
 INLINE void draw_ahead(const tile_in *in, int k) {
-    const char *p = in->ahead + (long)k * in->ahead_step;
-    _mm_prefetch(p, _MM_HINT_T1);
-    _mm_prefetch(p + 64, _MM_HINT_T1);
-    _mm_prefetch(p + 128, _MM_HINT_T1);
-    _mm_prefetch(p + 192, _MM_HINT_T1);
+    const char *p = in->near.at + (long)k * in->near.step;
+    _mm_prefetch(p, _MM_HINT_T0);
+    _mm_prefetch(p + 64, _MM_HINT_T0);
+    _mm_prefetch(in->far.at + (long)k * in->far.step, _MM_HINT_T1);
+    _mm_prefetch(in->beside.at + (long)k * in->beside.step, _MM_HINT_T1);
 }
 
 INLINE void tile_bf16(const int mr, const int nv, const tile_in *in, const float *init, long init_stride, float *out,
@@ -46,10 +52,11 @@ INLINE void tile_bf16(const int mr, const int nv, const tile_in *in, const float
     ROWS_LOOP VECS_LOOP v_store(out + m * out_stride + j * VL, acc[m][j]);
 }
 
-INLINE void tile_int8(const int mr, const int nv, const tile_in *in, int32_t *out, long out_stride) {
+INLINE void tile_int8(const int mr, const int nv, const tile_in *in, const int32_t *init, int32_t *out,
+                      long out_stride) {
     const int32_t *x = in->x, *w = in->w;
     vi acc[MR_MAX][NV_MAX];
-    ROWS_LOOP VECS_LOOP acc[m][j] = vi_set1(0);
+    ROWS_LOOP VECS_LOOP acc[m][j] = init ? vi_load(init + m * out_stride + j * VL) : vi_set1(0);
     for (int k = 0; k < in->groups; k++, w += in->w_stride) {
         draw_ahead(in, k);
         vi weight[NV_MAX];
@@ -65,7 +72,8 @@ INLINE void tile_int8(const int mr, const int nv, const tile_in *in, int32_t *ou
 /* rows <= MR_MAX, columns a multiple of 16; init NULL = zero, else rows of init_stride floats. */
 void tile_run_bf16(const tile_in *in, int rows, int columns, const float *init, long init_stride, float *out,
                    long out_stride);
-void tile_run_int8(const tile_in *in, int rows, int columns, int32_t *out, long out_stride);
+/* init NULL = zero, else laid out as out. */
+void tile_run_int8(const tile_in *in, int rows, int columns, const int32_t *init, int32_t *out, long out_stride);
 
 /* Split `rows` into tiles of nearly equal height, `most` at most: the i-th of `count` starts here. */
 INLINE int tile_count(int rows, int most) { return (rows + most - 1) / most; }
