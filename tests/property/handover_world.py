@@ -152,6 +152,7 @@ class World:
         self._leave(client)
         self.num_resumed += 1
         request = self._named(client.request)
+        client.num_silent = 0
         if client.token_ids:
             params = msgspec.structs.replace(request.params, num_prompt_logprobs=None)
             request = msgspec.structs.replace(request, params=params)
