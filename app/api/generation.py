@@ -24,7 +24,7 @@ from app.api.errors import is_expected, kind_of
 from app.api.portable_plan import plan_stream
 from app.api.record import RequestRecord
 from app.api.respond import JSON
-from app.api.resumption import INEXACT_COMMENT, resume_header
+from app.api.resumption import INEXACT_COMMENT, RESUMED_COMMENT, resume_header
 from app.api.schemas.field_rules import ignored_header
 from app.api.sequence_text import Delta, SequenceAborted, SequenceText
 from app.api.sse import EventStream
@@ -236,9 +236,10 @@ class GenerationAnswer:
     async def _note_resumption(self, events: EventStream) -> None:
         if self._portable is None or (source := self._portable.source) is None:
             return
-        self._context.metrics.count_resumption(source.name.lower())
+        self._record.resumed = source.name.lower()
+        self._context.metrics.count_resumption(self._record.resumed)
         if not self._is_exact:
-            await events.send(INEXACT_COMMENT)
+            await events.send(RESUMED_COMMENT)
 
     async def _send_whole(self, send: Send) -> None:
         async def collect(live: LiveSequence, delta: Delta) -> None:

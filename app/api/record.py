@@ -30,6 +30,8 @@ class RequestRecord:
         self.share = Share()
         self.generation: int | None = None
         self.is_stream = False
+        self.resumed: str | None = None
+        """Of a stream that goes on: where the tokens came from that its client had."""
         self.model: str | None = None
         """Of a generation request, as its answer names it."""
         self.params: SamplingParams | None = None
@@ -76,6 +78,8 @@ class RequestRecord:
         }
         if self.key_name is not None:
             facts["key_name"] = self.key_name
+        if self.resumed is not None:
+            facts["resumed"] = self.resumed
         if self.error_code is not None:
             facts["error"] = self.error_code
         if self.meters:

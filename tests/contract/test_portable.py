@@ -372,7 +372,17 @@ def test_where_rows_are_not_independent_it_is_marked(first: FakeServer, second: 
     response = resumed(second, body, path, cursor=events[-1].id)
     second.engine.limits_when_ready = limits
     assert response.headers["headwater-resume"] == "approximate"
-    assert response.text.startswith(": an engine was replaced; on this tier the text may differ")
+    assert response.text.startswith(": another engine goes on with this; on this tier the text may differ")
+
+
+def test_the_log_says_that_a_stream_went_on(second: FakeServer, first: FakeServer, caplog: Any) -> None:
+    path, body = body_of("plain")
+    events = events_of(first.post(body, path))
+    with caplog.at_level("INFO", logger="headwater"):
+        request_id = resumed(second, body, path, cursor=events[3].id).headers["x-request-id"]
+        wait_until(lambda: any(getattr(one, "facts", {}).get("request_id") == request_id for one in caplog.records))
+    [facts] = [one.facts for one in caplog.records if getattr(one, "facts", {}).get("request_id") == request_id]
+    assert facts["resumed"] == "decode"
 
 
 def test_a_resumption_is_admitted_like_any_request() -> None:
