@@ -41,6 +41,8 @@ def test_a_recorded_request_gets_a_sane_answer(http: httpx.Client, path: str, re
     check(response, path)
     if path == "/v1/messages":
         check_message(response, body)
+    elif path == "/v1/responses":
+        check_response(response, body)
     elif path != "/tokenize":
         check_choices(whole(response, body), body)
 
@@ -101,3 +103,12 @@ def check_message(response: httpx.Response, body: dict[str, Any]) -> None:
         assert events[0]["type"] == "message_start" and events[-1]["type"] == "message_stop"
         return
     assert response.json()["stop_reason"] in {"end_turn", "max_tokens", "tool_use"}
+
+
+def check_response(response: httpx.Response, body: dict[str, Any]) -> None:
+    answer = message_events_of(response.text)[-1]["response"] if body.get("stream") else response.json()
+    assert answer["status"] in {"completed", "incomplete"} and answer["usage"]["output_tokens"] > 0
+    if body.get("tool_choice") == "required":
+        assert {item["name"] for item in answer["output"]} <= {tool["name"] for tool in body["tools"]}
+    if "text" in body and answer["status"] == "completed":
+        json.loads(answer["output"][0]["content"][0]["text"])
