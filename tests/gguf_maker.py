@@ -123,6 +123,7 @@ def small_model_tensors(
     qkv_bias: bool = False,
     output_bias: bool = False,
     qk_norm: bool = False,
+    post_norms: bool = False,
     matrix_types: Sequence[str] = ("Q8_0",),
     spread: float = 1.0,
 ) -> dict[str, Tensor]:
@@ -143,6 +144,8 @@ def small_model_tensors(
             shapes |= {f"{block}.attn_q.bias": (64,), f"{block}.attn_k.bias": (32,), f"{block}.attn_v.bias": (32,)}
         if output_bias:
             shapes[f"{block}.attn_output.bias"] = (64,)
+        if post_norms:
+            shapes |= {f"{block}.post_attention_norm.weight": (64,), f"{block}.post_ffw_norm.weight": (64,)}
         if qk_norm:
             shapes |= {f"{block}.attn_q_norm.weight": (16,), f"{block}.attn_k_norm.weight": (16,)}
     if not tied:

@@ -75,6 +75,7 @@ def _entry(file: str, kind: str, target: WeightTarget, offset: int) -> dict[str,
         "shape": target.shape,
         "offset": offset,
         "permuted_heads": target.permuted_heads,
+        "added": target.added,
     }
 
 

@@ -25,6 +25,12 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     qkv_bias: bool | None
     """None: where the file has them."""
     qk_norm: bool = False
+    model_type: str | None = None
+    """Of config.json, where it is another than the file's architecture."""
+    has_post_norms: bool = False
+    """A norm behind each branch too."""
+    added_to_norms: float = 0.0
+    """What llama.cpp added to the weights of norms."""
     extra: Mapping[str, object] = {}
     """Constant fields of config.json."""
 
@@ -41,7 +47,21 @@ _FAMILIES: Mapping[str, Family] = {
         qk_norm=True,
         extra={"use_sliding_window": False},
     ),
+    "gemma3": Family(
+        architecture="Gemma3ForCausalLM",
+        model_type="gemma3_text",
+        permuted_rope=False,
+        qkv_bias=False,
+        qk_norm=True,
+        has_post_norms=True,
+        added_to_norms=1.0,
+        extra={"hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 10000.0},
+    ),
 }
+_GEMMA3_PERIOD = 6
+"""Every sixth layer sees all tokens: llama.cpp has it in its code, not in the file."""
+_GEMMA3_27B_LAYERS = 62
+"""The one size whose scores are scaled by another number than the head size; as in llama.cpp."""
 
 _KNOWN_FIELDS = frozenset(
     {
@@ -63,6 +83,7 @@ _KNOWN_FIELDS = frozenset(
         "rope.scaling.finetuned",
     }
 )
+_KNOWN_OF: Mapping[str, frozenset[str]] = {"gemma3": frozenset({"attention.sliding_window"})}
 _OFF_WHEN_ZERO = frozenset({"expert_count", "expert_used_count"})
 """Written by some converters for dense models too, with the value 0."""
 
@@ -143,7 +164,7 @@ def config_json(model: GgufModel) -> Json:
     """The content of config.json."""
     config: Json = {
         "architectures": [model.family.architecture],
-        "model_type": model.model_type,
+        "model_type": model.family.model_type or model.model_type,
         "hidden_act": "silu",
         "hidden_size": model.hidden_size,
         "intermediate_size": model.intermediate_size,
@@ -167,8 +188,23 @@ def config_json(model: GgufModel) -> Json:
         config["attention_bias"] = model.attention_bias
     if model.model_type == "llama":
         config["mlp_bias"] = False
+    if model.model_type == "gemma3":
+        del config["hidden_act"]
+        config.update(_gemma3_fields(model))
     config.update(_special_ids(model))
     return config
+
+
+def _gemma3_fields(model: GgufModel) -> Json:
+    is_27b = model.num_layers == _GEMMA3_27B_LAYERS
+    return {
+        "query_pre_attn_scalar": model.hidden_size // model.num_heads if is_27b else model.head_dim,
+        "sliding_window": _count(model.file, model.model_type, "attention.sliding_window"),
+        "layer_types": [
+            "sliding_attention" if (index + 1) % _GEMMA3_PERIOD else "full_attention"
+            for index in range(model.num_layers)
+        ],
+    }
 
 
 def generation_config_json(model: GgufModel) -> Json:
@@ -202,7 +238,8 @@ def _token_id(model: GgufModel, key: str) -> int | None:
 def _refuse_unknown_fields(file: GgufFile, model_type: str) -> None:
     for key, value in file.metadata.items():
         prefix, _, field = key.partition(".")
-        if prefix != model_type or field in _KNOWN_FIELDS or (field in _OFF_WHEN_ZERO and value == 0):
+        known = _KNOWN_FIELDS | _KNOWN_OF.get(model_type, frozenset())
+        if prefix != model_type or field in known or (field in _OFF_WHEN_ZERO and value == 0):
             continue
         raise ConfigurationError(
             f"{file.path} sets {key} = {_shown(value)}, which changes the computation in a way that is not "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from app.core.errors import ConfigurationError
-from app.store.gguf_config import GgufModel
+from app.store.gguf_config import Family, GgufModel
 from app.store.gguf_file import GgufFile, GgufTensor
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ class WeightTarget(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     permuted_heads: int = 0
     """Number of heads whose rows llama.cpp interleaved, 0 where it did not."""
+    added: float = 0.0
+    """What llama.cpp added to every element of a vector."""
 
 
 def weight_targets(model: GgufModel) -> dict[str, WeightTarget]:
@@ -40,16 +42,30 @@ def weight_targets(model: GgufModel) -> dict[str, WeightTarget]:
     targets = {"model.embed_tokens.weight": WeightTarget("token_embd.weight", (model.vocab_size, hidden))}
     for layer in range(model.num_layers):
         ours, theirs = f"model.layers.{layer}", f"blk.{layer}"
-        targets[f"{ours}.input_layernorm.weight"] = WeightTarget(f"{theirs}.attn_norm.weight", (hidden,))
+        for norm, source in _norms(model.family):
+            vector = WeightTarget(f"{theirs}.{source}.weight", (hidden,), added=model.family.added_to_norms)
+            targets[f"{ours}.{norm}.weight"] = vector
         targets.update(_attention_targets(model, ours, theirs))
-        targets[f"{ours}.post_attention_layernorm.weight"] = WeightTarget(f"{theirs}.ffn_norm.weight", (hidden,))
         targets[f"{ours}.mlp.gate_proj.weight"] = WeightTarget(f"{theirs}.ffn_gate.weight", (inner, hidden))
         targets[f"{ours}.mlp.up_proj.weight"] = WeightTarget(f"{theirs}.ffn_up.weight", (inner, hidden))
         targets[f"{ours}.mlp.down_proj.weight"] = WeightTarget(f"{theirs}.ffn_down.weight", (hidden, inner))
-    targets["model.norm.weight"] = WeightTarget("output_norm.weight", (hidden,))
+    added = model.family.added_to_norms
+    targets["model.norm.weight"] = WeightTarget("output_norm.weight", (hidden,), added=added)
     if not model.tied:
         targets["lm_head.weight"] = WeightTarget("output.weight", (model.vocab_size, hidden))
     return targets
+
+
+def _norms(family: Family) -> tuple[tuple[str, str], ...]:
+    """Norms of a layer: transformers' name and the file's."""
+    if not family.has_post_norms:
+        return ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm")
+    return (
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "post_attention_norm"),
+        ("pre_feedforward_layernorm", "ffn_norm"),
+        ("post_feedforward_layernorm", "post_ffw_norm"),
+    )
 
 
 def _attention_targets(model: GgufModel, ours: str, theirs: str) -> Iterator[tuple[str, WeightTarget]]:
@@ -71,7 +87,8 @@ def _attention_targets(model: GgufModel, ours: str, theirs: str) -> Iterator[tup
         yield f"{ours}.self_attn.o_proj.bias", WeightTarget(f"{theirs}.attn_output.bias", (hidden,))
     if model.family.qk_norm:
         for part in ("q", "k"):
-            norm = WeightTarget(f"{theirs}.attn_{part}_norm.weight", (model.head_dim,))
+            added = model.family.added_to_norms
+            norm = WeightTarget(f"{theirs}.attn_{part}_norm.weight", (model.head_dim,), added=added)
             yield f"{ours}.self_attn.{part}_norm.weight", norm
 
 
@@ -139,6 +156,8 @@ def _header(targets: dict[str, WeightTarget]) -> bytes:
 
 def bfloat16_chunks(file: GgufFile, target: WeightTarget) -> Iterator[bytes]:
     """The bytes of one target, in order, a few rows at a time."""
+    import numpy as np
+
     tensor = file.tensors[target.source]
     num_rows = 1 if len(tensor.shape) == 1 else tensor.shape[0]
     if target.permuted_heads:  # a head's rows change places: whole heads at once
@@ -149,6 +168,8 @@ def bfloat16_chunks(file: GgufFile, target: WeightTarget) -> Iterator[bytes]:
         values = _dequantized(file, tensor, start, min(start + step, num_rows), num_rows=num_rows)
         if target.permuted_heads:
             values = undo_rope_permutation(values, row_length=tensor.shape[-1] if len(tensor.shape) == 2 else 1)
+        if target.added:
+            values = values - np.float32(target.added)
         yield to_bfloat16(values, path=file.path, name=tensor.name).tobytes()
 
 

@@ -18,7 +18,7 @@ from app.runner.native.build import find_or_build
 from app.runner.native.levels import LEVELS
 from app.runner.native.library import CLayer, CLinear, Library, address
 from app.store import GgufForm, resolve
-from tests.gguf_maker import small_model_fields, small_model_tensors, tokenizer_fields, write_gguf
+from tests.gguf_maker import float_tensor, small_model_fields, small_model_tensors, tokenizer_fields, write_gguf
 from tests.native_models import Hand, levels_here, load_native, prompt_ids
 
 TINY: dict[str, list[str]] = json.loads((Path(__file__).parents[1] / "data" / "tokenizer_tiny.json").read_text())
@@ -125,6 +125,27 @@ def test_a_gguf_as_it_is_speaks_as_its_bfloat16_form(types: tuple[str, ...], tmp
     options = {"tied": False, "qkv_bias": True, "output_bias": True}
     tensors = small_model_tensors(vocab_size=960, matrix_types=types, spread=0.15, **options)
     write_gguf(tmp_path / "small.gguf", fields, tensors)
+    lines = check_forms(tmp_path)
+    named = [line for line in lines if line.endswith("became int8, in blocks of 32")]
+    assert len(named) == ("Q5_0" in types)
+    assert all("F16" in line and "Q5_0" in line and "Q4_0" not in line for line in named)
+
+
+def test_a_gemma_as_it_is_speaks_as_its_bfloat16_form(tmp_path: Path) -> None:
+    """Its norms are written with 1 added to each weight."""
+    heads = {"attention.head_count": 2, "attention.head_count_kv": 1, "attention.sliding_window": 8}
+    fields = small_model_fields("gemma3", vocab_size=960, **heads) | tokenizer_fields(TINY, pre="smollm")
+    tensors = small_model_tensors(vocab_size=960, post_norms=True, spread=0.15, matrix_types=("Q4_1", "Q8_0"))
+    for block in ("blk.0", "blk.1"):
+        for part in ("q", "k"):
+            weights = np.linspace(0.5, 1.5, 32, dtype=np.float32)
+            tensors[f"{block}.attn_{part}_norm.weight"] = float_tensor(weights)
+    write_gguf(tmp_path / "small.gguf", fields, tensors)
+    assert not [line for line in check_forms(tmp_path) if "became int8" in line]
+
+
+def check_forms(tmp_path: Path) -> list[str]:
+    """Serve small.gguf in both forms and compare; returns what was reported."""
     lines: list[str] = []
     logits = []
     for form in (GgufForm(), GgufForm(as_it_is=True)):
@@ -134,6 +155,4 @@ def test_a_gguf_as_it_is_speaks_as_its_bfloat16_form(types: tuple[str, ...], tmp
         logits.append(Hand(native).prompt_logits(0, prompt_ids(20, vocab_size=960), (0,)))
         native.close()
     assert np.abs(logits[1] - logits[0]).mean() < 0.03 * logits[0].std()
-    named = [line for line in lines if line.endswith("became int8, in blocks of 32")]
-    assert len(named) == ("Q5_0" in types)
-    assert all("F16" in line and "Q5_0" in line and "Q4_0" not in line for line in named)
+    return lines

@@ -32,6 +32,7 @@ def one_thread() -> None:
         ),
         ("qwen2", {"qkv_bias": True}, {}),
         ("qwen3", {"qk_norm": True, "tied": False}, {"attention.key_length": 16, "attention.value_length": 16}),
+        ("gemma3", {"qk_norm": True, "post_norms": True}, {"attention.sliding_window": 8}),
     ],
 )
 def test_transformers_finds_every_weight(

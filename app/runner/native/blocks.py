@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.core.errors import ConfigurationError
-from app.runner.native.safetensors import BROKEN, DTYPES, Tensor
+from app.runner.native.safetensors import BROKEN, DTYPES, Tensor, as_float
 
 INDEX = "model.gguf.index.json"
 BLOCK = 32
@@ -99,6 +99,8 @@ def _tensor(entry: Mapping[str, Any], mapping: mmap.mmap) -> Tensor:
         reordered = np.empty_like(values)
         reordered[unpermuted_rows(size, heads)] = values
         values = reordered
+    if added := float(entry.get("added", 0.0)):
+        return Tensor("F32", as_float(Tensor(kind, values)) - np.float32(added))
     return Tensor(kind, values)
 
 

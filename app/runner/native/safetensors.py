@@ -57,6 +57,13 @@ def read_tensors(model_dir: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def as_float(tensor: Tensor) -> NDArray[np.float32]:
+    """A float tensor's values in float32."""
+    if tensor.kind == "BF16":
+        return (tensor.values.astype(np.uint32) << 16).view(np.float32)
+    return tensor.values.astype(np.float32)
+
+
 def _files(model_dir: Path) -> list[Path]:
     single, index = model_dir / "model.safetensors", model_dir / "model.safetensors.index.json"
     if single.is_file():

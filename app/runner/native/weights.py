@@ -31,7 +31,7 @@ from app.runner.native.blocks import (
 from app.runner.native.families import Activation, ModelShape
 from app.runner.native.library import CLinear, Library, address
 from app.runner.native.precision import Form, Precision
-from app.runner.native.safetensors import Tensor, read_tensors
+from app.runner.native.safetensors import Tensor, as_float, read_tensors
 from app.runner.native.tensor_names import known_tensors
 
 _COLUMNS = 64
@@ -268,13 +268,13 @@ class _Packer:
             return None
         hidden, count = self.shape.hidden, self.shape.max_positions
         out = np.zeros((count, padded(hidden)), dtype=np.float32)
-        out[:, :hidden] = _as_float(self._tensor("model.positions.weight", (count, hidden)))
+        out[:, :hidden] = as_float(self._tensor("model.positions.weight", (count, hidden)))
         return out.reshape(-1)
 
     def _vector(self, name: str, size: int, *, offset: float = 0.0) -> NDArray[np.float32]:
         """A float32 copy, zero beyond `size`."""
         out = np.zeros(padded(size), dtype=np.float32)
-        out[:size] = _as_float(self._tensor(name, (size,))) + np.float32(offset)
+        out[:size] = as_float(self._tensor(name, (size,))) + np.float32(offset)
         return out
 
     def refuse_left_over(self) -> None:
@@ -303,7 +303,7 @@ class _Packer:
         source = self._tensor(name + ".weight", (size, packed.k))
         rows = np.arange(size)
         if packed.bias is not None:
-            packed.bias[column + rows // run * stride + rows % run] = _as_float(self._tensor(name + ".bias", (size,)))
+            packed.bias[column + rows // run * stride + rows % run] = as_float(self._tensor(name + ".bias", (size,)))
         if packed.kind is not None:
             order = unpermuted_rows(size, source.permuted_heads)
             columns = (column + order // run * stride + order % run).astype(np.int32)
@@ -327,7 +327,7 @@ class _Packer:
         for first in range(0, len(columns), step):
             part, where = source.values[first : first + step], columns[first : first + step]
             if source.num_columns is None:
-                floats = _as_float(Tensor(source.kind, part))
+                floats = as_float(Tensor(source.kind, part))
                 part = np.empty((len(part), -(-k // BLOCK) * type_.num_bytes), dtype=np.uint8)
                 self.library.quantise_rows(address(part), type_, address(floats), len(part), k)
             self.library.pack_blocks(
@@ -382,12 +382,6 @@ class _Packer:
         if form is Form.BLOCKS:
             return aligned(packed_bytes(self._kind(names), padded(n), k))
         return aligned(padded(n) * k * (2 if form is Form.BF16 else 1))
-
-
-def _as_float(tensor: Tensor) -> NDArray[np.float32]:
-    if tensor.kind == "BF16":
-        return (tensor.values.astype(np.uint32) << 16).view(np.float32)
-    return tensor.values.astype(np.float32)
 
 
 def _as_bf16(tensor: Tensor, library: Library) -> NDArray[np.uint16]:
