@@ -69,7 +69,8 @@ def _serve(start: Start, memory: EngineMemory, channel: EngineEnd, progress: Pro
 
 
 def _run_loop(engine: Engine, start: Start, channel: EngineEnd, progress: ProgressWriter) -> int:
-    gc.collect()
+    if not engine.limits.kept.has_adopted_weights:
+        gc.collect()  # packing leaves much behind; whoever found packed weights has somebody waiting
     gc.freeze()  # what the load left lives until the exit: no collection needs to look at it again
     loop = EngineLoop(engine, generation=start.generation, channel=channel, progress=progress)
     progress.set_phase(EnginePhase.IDLE)
