@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from app.api.errors import kind_of
 from app.api.record import RequestRecord
+from app.core.errors import ServerError
 from app.observability.sequence_meter import SequenceMeter
 from app.observability.tracing import TracedPart, TracedRequest
 
 Value = str | int | float | bool | list[str]
 
 _COMPLETIONS = "/v1/completions"
-_FAILURES = 500
+_FAILURES = kind_of(ServerError).status
 """From this status on it is the server that failed; a 4xx is no error of a server's span."""
 
 
