@@ -135,6 +135,9 @@ def _headwater() -> tuple[Peer, ...]:
     return (
         peer("headwater-bf16", "Headwater native", "bf16", "--tier", "native"),
         peer("headwater-int8", "Headwater native", "int8", "--tier", "native", "--quantization", "int8"),
+        peer(
+            "headwater-int4", "Headwater native", "int4", "--tier", "native", "--quantization", "int4", is_quick=False
+        ),
         peer("headwater-any", "Headwater any tier", "bf16", "--tier", "any", is_quick=False),
     )
 
@@ -207,6 +210,10 @@ def _llama() -> tuple[Peer, ...]:
     return (
         peer("llama-bf16", "bf16", "BF16.gguf", *no_poll, tried=best, is_quick=True),
         peer("llama-q8_0", "Q8_0", "Q8_0.gguf", *no_poll, tried=best, is_quick=True),
+        *(
+            peer(f"llama-{kind.lower()}", kind, f"{kind}.gguf", *no_poll, tried=best)
+            for kind in ("Q4_0", "Q4_1", "Q4_K_M")
+        ),
         peer("llama-bf16-poll", "bf16", "BF16.gguf", tried="its default polling", title="llama-server, polling"),
         peer(
             "llama-bf16-omp",

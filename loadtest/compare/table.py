@@ -13,7 +13,7 @@ from loadtest.compare.measure import Measurement
 from loadtest.compare.peers import Peer, shown_command
 from loadtest.compare.workloads import WORKLOADS, Workload
 
-_EIGHT_BIT = "8 bit"
+_CLASSES = {"8 bits": ("int8", "q8"), "4 bits": ("int4", "q4")}
 _UNSTEADY = ", unsteady"
 
 
@@ -161,8 +161,11 @@ def _opponents(ours: Peer, peers: Sequence[Peer]) -> list[tuple[str, list[Peer]]
 
 
 def precision_class(precision: str) -> str:
-    """int8 and Q8_0 both keep 8 bits a weight; every other precision stands for itself."""
-    return _EIGHT_BIT if precision.lower().startswith(("int8", "q8")) else precision
+    """int8 and Q8_0 both keep 8 bits a weight, int4 and Q4_.. 4; every other precision stands for itself."""
+    for name, beginnings in _CLASSES.items():
+        if precision.lower().startswith(beginnings):
+            return name
+    return precision
 
 
 def _ratio_row(

@@ -1,8 +1,8 @@
 """The same weights for every server: GGUF files for llama.cpp, checked against the folder that the others load.
 
 The default model comes as a Q4_1 GGUF, which Headwater's store turns into bfloat16 safetensors. llama-quantize
-turns it into bfloat16 as well, and the result is converted back and must have the same hash. Q8_0 is made from
-the bfloat16 file, as a user would.
+turns it into bfloat16 as well, and the result is converted back and must have the same hash. Q8_0, Q4_0 and Q4_K_M
+are made from the bfloat16 file, as a user would; Q4_1 is the source itself.
 """
 
 import subprocess
@@ -16,18 +16,19 @@ from app.store.cache import file_sha256
 from app.store.gguf_convert import convert_gguf
 from app.store.pip_source import fetch_member
 
+_MADE = ("Q8_0", "Q4_0", "Q4_K_M")
 _TIMEOUT_S = 600.0
 
 
 def prepare_ggufs(model: ModelFolder, peers: Path, *, report: Callable[[str], None]) -> None:
-    """Make models/BF16.gguf and models/Q8_0.gguf of the peers folder where they are missing.
+    """Make BF16.gguf, Q8_0.gguf and those of 4 bits in models/ of the peers folder where they are missing.
 
     Raises:
         ConfigurationError: the source cannot be fetched, llama-quantize fails, or the weights are not the same.
     """
     folder = peers / "models"
     folder.mkdir(parents=True, exist_ok=True)
-    bf16, q8_0 = folder / "BF16.gguf", folder / "Q8_0.gguf"
+    bf16, q4_1 = folder / "BF16.gguf", folder / "Q4_1.gguf"
     tool = peers / "llama" / "build" / "bin" / "llama-quantize"
     if not bf16.exists():
         source = _source(model, folder, report=report)
@@ -35,9 +36,12 @@ def prepare_ggufs(model: ModelFolder, peers: Path, *, report: Callable[[str], No
         made = _quantize(tool, source, folder / "BF16.part", "BF16")
         _check_same(made, model)
         made.rename(bf16)
-    if not q8_0.exists():
-        report("writing Q8_0.gguf")
-        _quantize(tool, bf16, folder / "Q8_0.part", "Q8_0").rename(q8_0)
+    for kind in _MADE:
+        if not (folder / f"{kind}.gguf").exists():
+            report(f"writing {kind}.gguf")
+            _quantize(tool, bf16, folder / f"{kind}.part", kind).rename(folder / f"{kind}.gguf")
+    if not q4_1.exists():
+        q4_1.symlink_to(_source(model, folder, report=report))
 
 
 def _source(model: ModelFolder, folder: Path, *, report: Callable[[str], None]) -> Path:

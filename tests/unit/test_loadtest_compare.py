@@ -248,7 +248,7 @@ def test_a_peer_that_is_not_installed_is_skipped_with_a_line(tmp_path: Path) -> 
     said: list[str] = []
     places = Places(peers=tmp_path, model=tmp_path, model_name="name")
     found = command._installed(peer_table(), places, said.append)
-    assert {peer.name for peer in found} == {"headwater-bf16", "headwater-int8", "headwater-any"}
+    assert {peer.name for peer in found} == {"headwater-bf16", "headwater-int8", "headwater-int4", "headwater-any"}
     assert any(text.startswith("llama-bf16: skipped, no ") and "docs/benchmarks.md" in text for text in said)
 
 
