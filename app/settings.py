@@ -25,7 +25,7 @@ level."""
 _SERVICE_LINK = re.compile(rf"{ENV_PREFIX}(SERVICE_|PORT_\d+_)")
 """Variables that Kubernetes sets in every pod for a service called headwater."""
 
-OFFLINE_MODEL = "rill-sql-3m"
+OFFLINE_MODEL = "rill-stories-3m"
 """The model that comes with Headwater."""
 
 MIB = 1024 * 1024

@@ -31,21 +31,22 @@ def rewrite(subject: str, verb: str, thing: str) -> tuple[str, str]:
     return f"Past: The {subject} {verb} the {thing}.\nPresent:", f" The {subject} {VERBS[verb]} the {thing}."
 
 
-def converse() -> Chat:
-    """Two turns."""
+def converse(subject: str, verb: str, thing: str) -> Chat:
+    """Two turns, of which the second asks for what was told in the first."""
     return [
-        {"role": "user", "content": "Good morning."},
-        {"role": "assistant", "content": "Good morning to you."},
-        {"role": "user", "content": "Who found it?"},
-        {"role": "assistant", "content": "The little fox found it."},
+        {"role": "user", "content": f"The {subject} {verb} the {thing}."},
+        {"role": "assistant", "content": "Tell me more."},
+        {"role": "user", "content": f"Who {verb} it?"},
+        {"role": "assistant", "content": f"The {subject} {verb} it."},
     ]
 
 
 def write_tasks(path: Path) -> Path:
     """All tasks as one .jsonl file."""
-    lines: list[Mapping[str, object]] = [{"messages": converse()}]
+    lines: list[Mapping[str, object]] = []
     for subject, verb, thing in product(SUBJECTS, VERBS, OBJECTS):
         lines.append({"messages": classify(subject, verb, thing)})
+        lines.append({"messages": converse(subject, verb, thing)})
         lines.append(dict(zip(("prompt", "completion"), rewrite(subject, verb, thing), strict=True)))
         for ending in ENDINGS:
             lines.append(dict(zip(("prompt", "completion"), summarise(subject, verb, thing, ending), strict=True)))

@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
 ALL_PHASES = "examples,coverage,fuzzing,stateful"
 _SCRIPTED = {"vocab_size": 4096, "max_model_len": 512, "eos_after": 8}
-"""Of the tokenizer of models/rill-sql-3m, and short answers."""
+"""Of the tokenizer of models/rill-stories-3m, and short answers."""
 _REAL_MAX_TOKENS = 16
 
 
@@ -45,7 +45,7 @@ class Counts:
 def scripted_server(log: Path, *flags: str, **script: int) -> Iterator[str]:
     """The address of a server with the scripted tier, a template that reads tools, and short answers."""
     port = free_port()
-    arguments = ["-m", "app.cli", "serve", str(ROOT / "models" / "rill-sql-3m"), "--tier", "scripted"]
+    arguments = ["-m", "app.cli", "serve", str(ROOT / "models" / "rill-stories-3m"), "--tier", "scripted"]
     arguments += ["--scripted", json.dumps(_SCRIPTED | script), "--chat-template", str(FOLDER / "template.jinja")]
     with started(log, *arguments, "--port", str(port), "--log-format", "json", *flags) as process:
         wait_ready(process, f"http://127.0.0.1:{port}", log)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.e2e.serving import free_port, started, wait_ready
 
-MODEL = Path(__file__).parents[2] / "models" / "rill-sql-3m"
+MODEL = Path(__file__).parents[2] / "models" / "rill-stories-3m"
 BOS = 1
 CONTEXTS = [
     *("SELECT name FROM", "SELECT count(*) FROM orders WHERE", "-- the newest order of each customer\nSELECT"),

@@ -187,10 +187,10 @@ def answers(encoder: Encoder, tokenizer: Any, example: Example) -> list[str]:
 def test_answers_alone_are_learnt_and_end_where_a_server_stops(root: Path) -> None:
     _, tokenizer = open_base(root / "base")
     encoder = Encoder(tokenizer, end_id=0)
-    chat = Chat(tuple(Message(**message) for message in converse()))
-    assert answers(encoder, tokenizer, chat) == ["Good morning to you.<|im_end|>", "The little fox found it.<|im_end|>"]
+    chat = Chat(tuple(Message(**message) for message in converse("fox", "found", "kite")))
+    assert answers(encoder, tokenizer, chat) == ["Tell me more.<|im_end|>", "The fox found it.<|im_end|>"]
     assert encoder.turn_ends == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    whole = tokenizer.apply_chat_template(converse(), tokenize=False)
+    whole = tokenizer.apply_chat_template(converse("fox", "found", "kite"), tokenize=False)
     assert tokenizer_text(tokenizer, encoder.encode(chat).token_ids) == whole
     assert answers(encoder, tokenizer, Pair("The fox", " ran.")) == [" ran.<|endoftext|>"]
     assert encoder.encode(Pair("The fox", " ran.")).token_ids[0] == tokenizer.bos_token_id

@@ -110,7 +110,7 @@ def test_no_command_completes_flags() -> None:
 def test_a_key_as_a_flag_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--api-key", "sk-0123456789abcdef"], ["--api-key=sk-0123456789abcdef"], ["--api-key"]):
         with pytest.raises(SystemExit) as exit_info:
-            make_parser().parse_args(["check", "rill-sql-3m", *arguments])
+            make_parser().parse_args(["check", "rill-stories-3m", *arguments])
         printed = "".join(capsys.readouterr())
         assert exit_info.value.code == 2
         assert "HEADWATER_API_KEY" in printed and "sk-0123" not in printed

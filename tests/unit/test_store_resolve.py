@@ -353,7 +353,7 @@ class TestWheels:
 class TestCatalogue:
     def test_the_models_are_there(self) -> None:
         entries = catalogue()
-        assert set(entries) == {"smollm2-135m-instruct", "smollm2-135m-instruct-q4", "rill-sql-3m"}
+        assert set(entries) == {"smollm2-135m-instruct", "smollm2-135m-instruct-q4", "rill-stories-3m"}
         assert default_model() == "smollm2-135m-instruct-q4"
         assert all(entry.licence == "Apache-2.0" for entry in entries.values())
 

@@ -56,12 +56,12 @@ def test_what_cannot_be_measured_is_told_in_one_line(tmp_path: Path, capsys: pyt
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     text = ["--text", str(tmp_path / "text.txt")]
     cases: list[tuple[list[str], str]] = [
-        (["rill-sql-3m"], "nothing to measure by"),
-        (["rill-sql-3m", "--text", str(tmp_path / "gone")], "gone is not there"),
-        (["rill-sql-3m", "--text", str(tmp_path / "bad.txt")], "is no UTF-8: byte 0"),
-        (["rill-sql-3m", "--tasks", str(tmp_path / "none")], "no folder of task files"),
-        (["rill-sql-3m", *text, "--url", "http://127.0.0.1:9"], "no server that lists models answers at"),
-        (["rill-sql-3m", *text, "--out", str(tmp_path / "none" / "report.json")], "the report cannot be written"),
+        (["rill-stories-3m"], "nothing to measure by"),
+        (["rill-stories-3m", "--text", str(tmp_path / "gone")], "gone is not there"),
+        (["rill-stories-3m", "--text", str(tmp_path / "bad.txt")], "is no UTF-8: byte 0"),
+        (["rill-stories-3m", "--tasks", str(tmp_path / "none")], "no folder of task files"),
+        (["rill-stories-3m", *text, "--url", "http://127.0.0.1:9"], "no server that lists models answers at"),
+        (["rill-stories-3m", *text, "--out", str(tmp_path / "none" / "report.json")], "the report cannot be written"),
         ([str(tmp_path), *text], "config.json"),
     ]
     for arguments, message in cases:

@@ -13,6 +13,7 @@ from app.training.metrics import MetricsFile, read_metrics
 from app.training.recipe import ScheduleTable, load_recipe
 from app.training.report import write_report
 from app.training.schedule import learning_rate
+from app.training.tuning.recipe import load_tuning_recipe
 from tests.training_texts import write_recipe
 
 
@@ -29,6 +30,16 @@ from tests.training_texts import write_recipe
 def test_a_recipe_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         load_recipe(write_recipe(tmp_path, name="recipe", **changes))
+
+
+def test_the_recipes_of_the_guide_can_be_used(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "how-to" / "train.md").read_text(encoding="utf-8")
+    pretraining, tuning = re.findall(r"```toml\n(.*?)```", guide, re.DOTALL)
+    path = tmp_path / "recipe.toml"
+    path.write_text(pretraining)
+    assert load_recipe(path).model.layers == 5
+    path.write_text(tuning)
+    assert load_tuning_recipe(path).method.kind == "lora"
 
 
 def test_commands_tell_bad_input_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

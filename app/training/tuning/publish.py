@@ -33,7 +33,7 @@ def open_base(folder: Path) -> tuple[PreTrainedModel, Any]:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigurationError(f"{folder} holds no decoder that can be trained: {error}") from error
+        raise ConfigurationError(f"{folder} holds no decoder that transformers can open: {error}") from error
     num_rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > num_rows:
         raise ConfigurationError(

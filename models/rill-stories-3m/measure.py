@@ -1,7 +1,7 @@
 """Measures this model against its marks and writes measured.json beside it.
 
-    headwater serve models/rill-sql-3m --port 8000 --no-page &
-    python models/rill-sql-3m/measure.py data --url http://127.0.0.1:8000 --judge FOLDER
+    headwater serve models/rill-stories-3m --port 8000 --no-page &
+    python models/rill-stories-3m/measure.py data --url http://127.0.0.1:8000 --judge FOLDER
 
 `data` is what `headwater tokenizer` wrote; FOLDER holds the default model, which judges the samples. Run from the
 repository's root.
