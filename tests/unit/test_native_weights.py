@@ -128,6 +128,17 @@ def test_a_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
         read_tensors(tmp_path)
 
 
+@pytest.mark.parametrize("quantization", [None, "int8", "int8-safe"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_weight_that_is_no_number_is_refused(tmp_path: Path, quantization: str | None, value: float) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = load_file(write_model(tmp_path) / "model.safetensors")[name]
+    weight[271, 3] = value
+    change_tensors(tmp_path, {name: weight})
+    with pytest.raises(ConfigurationError, match=rf"'{name}' holds {value} at element {271 * 192 + 3};"):
+        packed(tmp_path, quantization=quantization)
+
+
 def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
     write_model(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

@@ -144,6 +144,7 @@ class Library:
         )
         self.quantise_rows = self._function("hw_quantise_rows", None, c_void_p, c_int32, c_void_p, c_int32, c_int32)
         self.round_bf16 = self._function("hw_round_bf16", None, c_void_p, c_void_p, c_int64)
+        self.first_not_finite = self._function("hw_first_not_finite", c_int64, c_void_p, c_int64)
         self._check_sizes()
 
     def function(self, name: str, result: type | None, *arguments: type) -> "ctypes._NamedFuncPointer":

@@ -311,10 +311,12 @@ class _Packer:
             self.block_types[type_] += 1
             self.jobs.append(lambda: self._pack_blocks(packed, source, type_, columns))
         else:
-            self.jobs.append(lambda: self._pack(packed, source, column=column, run=run, stride=stride))
+            self.jobs.append(lambda: self._pack(packed, name, source, column=column, run=run, stride=stride))
 
-    def _pack(self, packed: PackedLinear, source: Tensor, *, column: int, run: int, stride: int) -> None:
+    def _pack(self, packed: PackedLinear, name: str, source: Tensor, *, column: int, run: int, stride: int) -> None:
         rows = _as_bf16(source, self.library)
+        if (at := self.library.first_not_finite(address(rows), rows.size)) >= 0:
+            raise _not_finite(name + ".weight", float(as_float(Tensor("BF16", rows.ravel()[at : at + 1]))[0]), at)
         where = (*source.values.shape, column, run, stride)
         if packed.scale is None:
             self.library.pack_bf16(address(packed.weight), address(rows), *where)
@@ -382,6 +384,11 @@ class _Packer:
         if form is Form.BLOCKS:
             return aligned(packed_bytes(self._kind(names), padded(n), k))
         return aligned(padded(n) * k * (2 if form is Form.BF16 else 1))
+
+
+def _not_finite(name: str, value: float, index: int) -> ConfigurationError:
+    """One such weight makes every answer nonsense."""
+    return ConfigurationError(f"tensor {name!r} holds {value} at element {index}; fetch or train the model again")
 
 
 def _as_bf16(tensor: Tensor, library: Library) -> NDArray[np.uint16]:

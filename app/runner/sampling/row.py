@@ -38,8 +38,7 @@ class RowSampler:
         params = start.params
         self._repeats = params.repetition_penalty != 1.0
         self._counts_output = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-        both = (*start.prompt_token_ids, *start.output_token_ids)
-        self._seen = TokenCounts(both if self._repeats else ())
+        self._seen = TokenCounts((*start.prompt_token_ids, *start.output_token_ids) if self._repeats else ())
         self._output = TokenCounts(start.output_token_ids if self._counts_output else ())
         is_free = not (params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens)
         self._is_unchanged = is_free and not (self._repeats or self._counts_output)

@@ -62,3 +62,20 @@ void hw_round_bf16(uint16_t *dst, const float *src, int64_t n) {
         dst[i] = is_nan ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
     }
 }
+
+/* Index of the first of n bf16 values that is NaN or infinite, or -1. */
+int64_t hw_first_not_finite(const uint16_t *src, int64_t n) {
+    const int64_t span = 4096;
+    for (int64_t from = 0; from < n; from += span) {
+        const int64_t to = from + span < n ? from + span : n;
+        uint16_t largest = 0;
+        for (int64_t i = from; i < to; i++) {
+            uint16_t exponent = src[i] & 0x7f80;
+            largest = exponent > largest ? exponent : largest;
+        }
+        if (largest < 0x7f80) continue;
+        for (int64_t i = from; i < to; i++)
+            if ((src[i] & 0x7f80) == 0x7f80) return i;
+    }
+    return -1;
+}
