@@ -207,6 +207,7 @@ def test_figures_of_an_unsteady_machine_are_marked() -> None:
 
 def test_precisions_of_eight_bits_are_one_class() -> None:
     assert precision_class("int8") == precision_class("Q8_0") != precision_class("bf16")
+    assert precision_class("int4") == precision_class("Q4_K_M") != precision_class("Q8_0")
 
 
 def test_the_report_fills_the_page_between_its_marks(tmp_path: Path) -> None:
