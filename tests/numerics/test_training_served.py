@@ -17,9 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from app.runner.native.families import read_shape
+from app.training.evaluation.local import LocalScorer
+from app.training.evaluation.scorer import Generation
+from app.training.evaluation.served import ServedScorer
 from app.training.model import packed_logits
 from app.training.packing import Rows
 from app.training.shards import open_shards
+from app.training.tuning.publish import open_base
 from tests.e2e.serving import free_port, started, wait_ready
 from tests.training_texts import write_recipe, write_stories
 
@@ -81,6 +85,22 @@ def test_served_log_likelihoods_are_those_of_training(root: Path, url: str) -> N
     assert served[1:] == pytest.approx(trained_logprobs(root, document).tolist(), abs=1e-3)
 
 
+def test_a_model_scores_and_continues_the_same_in_process_and_served(root: Path, url: str) -> None:
+    torch.set_num_threads(1)
+    model, tokenizer = open_base(root / "recipe-run" / "model")
+    local, served = LocalScorer(model, tokenizer), ServedScorer(url, context=CONTEXT)
+    split = open_shards(root / "data").heldout
+    documents = [split.document(index)[: local.context].tolist() for index in range(3)]
+    assert served.context == local.context == CONTEXT - 1
+    for one, other in zip(local.score(documents), served.score(documents), strict=True):
+        assert other.logprobs == pytest.approx(one.logprobs, abs=1e-3)
+        assert other.is_first == one.is_first and any(one.is_first)
+    asked = [Generation(tuple(ids[:12]), 16, stop) for ids in documents for stop in ((), (".",), (" the", "."))]
+    assert local.generate(asked) == served.generate(asked)
+    served.close()
+
+
+@pytest.mark.slow
 def test_a_model_measures_the_same_in_process_and_served(root: Path, url: str) -> None:
     """Perplexity, a log-likelihood task and an exact-match task, in the harness's format."""
     tasks = write_harness_tasks(root / "tasks")
