@@ -170,15 +170,16 @@ def test_one_can_be_prepared_before_anything_else_goes_on(bench: Bench) -> None:
 
 
 def test_what_waits_to_be_prepared_and_is_forgotten_is_not(tmp_path: Path) -> None:
-    path, held = tmp_path / "tokenizer.json", tmp_path / "held"
+    path = tmp_path / "tokenizer.json"
     os.mkfifo(path)  # the first one holds the thread until somebody writes it
     bench = Bench(tmp_path)
     for request_id in ("first", "gone", "last"):
         bench.begin(request_id)
-    bench.grammars.forget(["gone"])
-    path.rename(held)
-    byte_level()._library.save(str(path))
-    held.write_text(path.read_text())
+    with path.open("w", encoding="utf-8") as held:  # opens when the thread reads
+        bench.grammars.forget(["gone"])
+        path.unlink()
+        byte_level()._library.save(str(path))
+        held.write(path.read_text(encoding="utf-8"))
     found: list[Prepared] = []
     while len(found) < 2:
         found += bench.prepared()
