@@ -30,7 +30,8 @@ class NativeModel:
         """`kv_descriptor`: a memfd for the KV pool, where it shall outlive this process."""
         self.shape = shape
         self.weights = weights
-        tables = {id(rope): rotation_tables(rope, max_model_len) for rope in shape.ropes}
+        ropes = {id(rope): rope for rope in shape.ropes}  # most models have one for all layers
+        tables = {key: rotation_tables(rope, max_model_len) for key, rope in ropes.items()}
         self._tables = [tables[id(rope)] for rope in shape.ropes]
         num_elements = shape.num_kv_heads * BLOCK_SIZE * shape.head_dim
         self.pool = KVPool(num_blocks, num_layers=shape.num_layers, num_elements=num_elements, descriptor=kv_descriptor)
