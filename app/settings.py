@@ -100,7 +100,9 @@ class Settings(BaseSettings):
         None, ge=1, description="token budget of a step; default: what takes about --target-itl"
     )
     target_itl: float | None = Field(
-        None, gt=0, description="aim for the time between tokens under load, ms; default 100 on CPU, 50 on GPU"
+        None,
+        gt=0,
+        description="most time that prompts keep others' tokens waiting, ms; default 250 on CPU, 50 on GPU",
     )
     kv_cache_gib: float | None = Field(None, gt=0, description="memory for the KV cache, GiB; default: by free memory")
     num_kv_blocks: int | None = Field(None, ge=1, description="KV cache size in blocks, over --kv-cache-gib")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from app.runner.native.model import BLOCK_SIZE
 
-DEFAULT_TARGET_MS = 100.0
+DEFAULT_TARGET_MS = 250.0
 _MOST_TOKENS = 2048
 _ROUNDS = 2
 _NEXT_THREAD = 0.8
