@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from loadtest.faults.aborts import run_aborts
+from loadtest.faults.attacks import run_attacks
 from loadtest.faults.canaries import run_canaries
 from loadtest.faults.crowd import run_fairness, run_overload, run_slow
 from loadtest.faults.determinism import run_determinism
@@ -205,6 +206,12 @@ async def _slow(ledger: Ledger, seconds: float, seed: int) -> None:
     await run_slow(ledger, flags=scripted_flags(step_seconds=0.02), cell=SCRIPTED_CELL, seconds=seconds)
 
 
+async def _attacks(ledger: Ledger, seconds: float, seed: int) -> None:
+    """As long as they take: a minute or two."""
+    flags = scripted_flags(max_model_len=1_000_000, num_kv_blocks=70_000, step_seconds=0.001)
+    await run_attacks(ledger, flags=flags)
+
+
 async def _price(ledger: Ledger, seconds: float, seed: int) -> None:
     await run_price(ledger, seconds=seconds)
 
@@ -223,6 +230,7 @@ ITEMS: dict[str, tuple[Callable[[Ledger, float, int], Coroutine[None, None, None
     "overload": (_overload, 1.0),
     "fairness": (_fairness, 1.0),
     "slow": (_slow, 1.0),
+    "attacks": (_attacks, 1.0),
     "price": (_price, 0.5),
 }
 """What there is to run, and its share of the time."""

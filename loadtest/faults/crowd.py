@@ -45,7 +45,7 @@ async def run_overload(
     """
     share = max(share_seconds, seconds / (len(FACTORS) + 2))
     limits = ("--max-num-seqs", str(ROWS), "--max-live-sequences", str(3 * ROWS))
-    async with _served(*flags, *limits) as server:
+    async with served(*flags, *limits) as server:
 
         def make(index: int) -> dict[str, object]:
             return _body(index, num_prompt=24, num_output=num_output)
@@ -53,13 +53,17 @@ async def run_overload(
         async with Client(server.url, api_key=None, timeout_s=60) as client:
             await _closed(client, make, num_workers=2 * ROWS, seconds=share / 2)  # what is done once
             records = await _closed(client, make, num_workers=2 * ROWS, seconds=share)
-        peak = _goodput(records, share)
+        rate = _goodput(records)
+        runs: list[tuple[int, list[RequestRecord], float]] = []
         for factor in FACTORS:
             async with Client(server.url, api_key=None, timeout_s=60) as client:
                 cpu = time.process_time()
-                records = await _open(client, make, rate=factor * peak, seconds=share)
-                cpu = time.process_time() - cpu
-            good = _goodput(records, share)
+                records = await _open(client, make, rate=factor * rate, seconds=share)
+                runs.append((factor, records, time.process_time() - cpu))
+        # On a machine with other work the first measurement need not be the best one.
+        peak = max(rate, *(_goodput(records) for _, records, _ in runs))
+        for factor, records, cpu in runs:
+            good = _goodput(records)
             refusals = sorted((r.end_ns - r.sent_ns) / 1e9 for r in records if r.outcome is Ended.REFUSED)
             broken = [r.detail for r in records if not r.is_completed and r.outcome is not Ended.REFUSED]
             p50, p99 = _at(refusals, 0.5), _at(refusals, 0.99)
@@ -76,7 +80,7 @@ async def run_overload(
                 peak_per_second=peak,
                 goodput_per_second=good,
                 share=good / peak,
-                offered_per_second=factor * peak,
+                offered_per_second=factor * rate,
                 refused=len(refusals),
                 refusal_p50_ms=1e3 * p50,
                 refusal_p99_ms=1e3 * p99,
@@ -92,7 +96,7 @@ async def run_fairness(
     with tempfile.NamedTemporaryFile("w", suffix=".keys") as file:
         file.write("\n".join(keys))
         file.flush()
-        async with _served(*flags, "--max-num-seqs", str(ROWS), "--api-key-file", file.name) as server:
+        async with served(*flags, "--max-num-seqs", str(ROWS), "--api-key-file", file.name) as server:
             await _light(server, keys[1:], seconds=warm_seconds)  # what is done once
             alone = await _light(server, keys[1:], seconds=seconds / 2)
             heavy = asyncio.create_task(_heavy(server, keys[0]))
@@ -127,11 +131,11 @@ async def run_slow(ledger: Ledger, *, flags: Sequence[str], cell: str, seconds: 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 4 * NUM_HELD:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4 * NUM_HELD), hard))
-    async with _served(*flags, "--max-live-sequences", str(2 * NUM_HELD)) as server:
+    async with served(*flags, "--max-live-sequences", str(2 * NUM_HELD)) as server:
         await _honest(server, seconds=2.0)
         alone, health_alone = await _honest(server, seconds=seconds / 3)
         with ExitStack() as held:
-            head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-slow: "
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nx-slow: "
             senders = [held.enter_context(_connect(server.port, head)) for _ in range(NUM_HELD)]
             dripping = asyncio.create_task(_drip(senders))
             loris, health_loris = await _honest(server, seconds=seconds / 3)
@@ -195,7 +199,7 @@ async def _closed(client: Client, make: Make, *, num_workers: int, seconds: floa
             records.append(await _one(client, make(index), RequestRecord(index=index, scheduled_ns=_now())))
 
     await asyncio.gather(*(worker(number) for number in range(num_workers)))
-    return [record for record in records if record.end_ns <= deadline * 1e9]
+    return records
 
 
 async def _open(client: Client, make: Make, *, rate: float, seconds: float) -> list[RequestRecord]:
@@ -258,7 +262,7 @@ async def _probe(port: int, seen: list[float]) -> None:
     while True:
         began = time.monotonic()
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        writer.write(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
         await reader.read()
         seen.append(time.monotonic() - began)
         writer.close()
@@ -286,8 +290,8 @@ async def _drip(connections: list[socket.socket]) -> None:
 
 def _unread_request() -> bytes:
     body = msgspec.json.encode(_body(1, num_prompt=4, num_output=400) | {"logprobs": 5})
-    head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+    head = f"POST {PATH} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
 async def _until_quiet(server: Replica) -> None:
@@ -298,7 +302,8 @@ async def _until_quiet(server: Replica) -> None:
 
 
 @asynccontextmanager
-async def _served(*flags: str) -> AsyncIterator[Replica]:
+async def served(*flags: str) -> AsyncIterator[Replica]:
+    """A server in processes of its own."""
     server = Replica(*flags)
     try:
         await asyncio.to_thread(server.start)
@@ -315,13 +320,11 @@ def _judge(ledger: Ledger, item: str, cell: str, misses: list[str], **figures: f
     ledger.add(item, cell, outcome, count=1, detail="; ".join(misses), load=os.getloadavg()[0], **figures)
 
 
-def _goodput(records: list[RequestRecord], seconds: float) -> float:
+def _goodput(records: list[RequestRecord]) -> float:
     good = [r for r in records if r.is_completed and r.ttft is not None and r.ttft <= TARGET_TTFT]
-    return len(good) / max(seconds, (max((r.end_ns for r in good), default=0) - _first(records)) / 1e9)
-
-
-def _first(records: list[RequestRecord]) -> int:
-    return min((record.scheduled_ns for record in records), default=0)
+    first = min((record.scheduled_ns for record in records), default=0)
+    last = max((record.end_ns for record in good), default=0)
+    return len(good) / max(1e-9, (last - first) / 1e9)
 
 
 def _ttfts(records: list[RequestRecord]) -> list[float]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -79,6 +80,13 @@ class Replica:
         """SIGTERM: it drains."""
         if self._process is not None:
             self._process.terminate()
+
+    @property
+    def peak_mib(self) -> float:
+        """The most resident memory that its API process ever had, in MiB."""
+        pid = 0 if self._process is None else self._process.pid
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
 
     @property
     def num_live(self) -> int:

@@ -105,6 +105,16 @@ _SIMPLE = (
         "is to answer within 20 ms at p99.",
     ),
     (
+        "attacks",
+        "The largest legal requests, and attacks on others",
+        "One request each, to a server of its own with a context of 1,000,000 tokens on the scripted tier, so that no "
+        "text of 2 MiB is too long; /health is asked without pause meanwhile. Wrong: another status than expected, or "
+        "an ordinary request is answered otherwise afterwards. The longest wait of a probe is an upper bound of the "
+        "longest stall of the event loop (aim: 20 ms); a busy machine adds to it, and so does the client, "
+        "which says how late it was itself. The peak is of the API process's resident memory. "
+        "[The threat model](explanation/threat-model.md) says what holds the rows that are not here.",
+    ),
+    (
         "price",
         "Price of journal and supervisor",
         "CPU time of journal, supervisor and message "
