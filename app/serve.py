@@ -8,6 +8,7 @@ everything ends. The second signal ends it at once.
 """
 
 import asyncio
+import gc
 import ipaddress
 import logging
 import os
@@ -199,6 +200,8 @@ async def _run(
                 needs_key=context.keys is not None,
             )
 
+        gc.collect()
+        gc.freeze()  # what is there by now stays: a full collection would look at all of it, and hold the loop up
         announcing = _announce(client, describe, timeout=settings.load_timeout)
         if not await _live(client, announcing=announcing, drain=signals.drain):
             logger.error("no engine can be kept alive: %s", client.status.detail)

@@ -33,6 +33,7 @@ from app.core.errors import DeadlineExceeded, EngineFailed, QueueTimeout
 from app.core.types import EngineLimits, EngineOutput, EngineRequest, FinishReason
 from app.observability.sequence_meter import SequenceMeter
 
+_STARTED_AT_ONCE = 32
 Emit = Callable[["LiveSequence", Delta], Awaitable[None]]
 
 
@@ -181,8 +182,10 @@ class GenerationAnswer:
             return
         try:
             async with self._deadline.hold(), asyncio.TaskGroup() as group:
-                for live in self._live:
+                for index, live in enumerate(self._live, start=1):
                     group.create_task(self._run(live, emit))
+                    if index % _STARTED_AT_ONCE == 0:
+                        await asyncio.sleep(0)  # a thousand of them would hold up everybody else
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 

@@ -34,6 +34,8 @@ _UINT64 = 2**64
 _ABANDON_CHECK = 256
 """Prompts that are tokenized in one go: between two goes a gone client ends the work."""
 
+_FITTED_AT_ONCE = 64
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedPrompt:
@@ -275,6 +277,8 @@ async def _prepare_prompts(
     )
     prepared: list[PreparedPrompt] = []
     for index, prompt in enumerate(prompts):
+        if index % _FITTED_AT_ONCE == _FITTED_AT_ONCE - 1:
+            await asyncio.sleep(0)  # a thousand of them would hold up everybody else
         where = "prompt" if len(prompts) == 1 else f"prompt[{index}]"
         if isinstance(prompt, str):
             prepared.append(fit_prompt(next(encoded), request, limits, where=where, text=prompt))

@@ -50,8 +50,8 @@ def attacks() -> list[Attack]:
     say = [{"role": "user", "content": "Hi"}]
     wide = {f"p{index}": {"type": "string", "maxLength": 5} for index in range(2000)}
     tools = [
-        {"type": "function", "function": {"name": f"f{index}", "description": "d" * 3000, "parameters": {}}}
-        for index in range(128)
+        {"type": "function", "function": {"name": f"f{index}", "description": "d" * 6000, "parameters": {}}}
+        for index in range(64)
     ]
     return [
         _legal("the longest text as a prompt", COMPLETIONS, {"prompt": text, "max_tokens": 1}),
@@ -60,7 +60,7 @@ def attacks() -> list[Attack]:
         _legal("the most token ids", COMPLETIONS, {"prompt": [100 + i % 900 for i in range(400_000)], "max_tokens": 1}),
         _legal("1,024 prompts", COMPLETIONS, {"prompt": ["a b c " * 300] * 1024, "max_tokens": 1}),
         _legal("1,024 choices", COMPLETIONS, {"prompt": "a", "n": 1024, "max_tokens": 1}),
-        _legal("128 tools", CHAT, _with(say, tools=tools, tool_choice="required")),
+        _legal("64 tools, one of them forced", CHAT, _with(say, tools=tools, tool_choice="required")),
         _legal("the longest text to tokenize", TOKENIZE, {"prompt": text, "return_token_strs": True}),
         _legal("the most ids to detokenize", DETOKENIZE, {"tokens": [100 + i % 900 for i in range(400_000)]}),
         _legal(

@@ -7,6 +7,7 @@ import pytest
 
 from app.client.settings import Supervision
 from loadtest.faults.aborts import run_aborts
+from loadtest.faults.attacks import run_attacks
 from loadtest.faults.canaries import run_canaries
 from loadtest.faults.crowd import run_fairness, run_overload
 from loadtest.faults.kills import run_kills
@@ -94,6 +95,13 @@ async def test_crowds_in_short(ledger: Ledger) -> None:
     assert all("broken" not in trial.detail and "failed" not in trial.detail for trial in ledger.added)
     assert all(trial.figures["goodput_per_second"] > 0 for trial in ledger.added if trial.item == "overload")
     assert trials["fairness", "scripted"].figures["requests"] >= 9
+
+
+async def test_attacks_in_short(ledger: Ledger) -> None:
+    names = ("n of 16,384", "an expression of counted repeats", "a header of 4 MiB")
+    await run_attacks(ledger, flags=scripted_flags(), names=names)
+    assert outcomes(ledger) == {Outcome.SURVIVED: len(names)}
+    assert all(trial.figures["peak_mib"] > 0 and trial.figures["longest_probe_ms"] > 0 for trial in ledger.added)
 
 
 async def test_a_stream_that_differs_is_told(ledger: Ledger) -> None:
