@@ -289,7 +289,8 @@ async def _drip(connections: list[socket.socket]) -> None:
 
 
 def _unread_request() -> bytes:
-    body = msgspec.json.encode(_body(1, num_prompt=4, num_output=400) | {"logprobs": 5})
+    # More than all buffers hold, in few events: how fast streams are written is not asked here.
+    body = msgspec.json.encode(_body(1, num_prompt=4, num_output=100) | {"logprobs": 20})
     head = f"POST {PATH} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
     return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 

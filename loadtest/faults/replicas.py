@@ -99,7 +99,7 @@ class Replica:
         return {source: int(float(count)) for source, count in _RESUMED.findall(self._metrics())}
 
     def _metrics(self) -> str:
-        return httpx.get(f"{self.url}/metrics").text
+        return httpx.get(f"{self.url}/metrics", timeout=WAIT_SECONDS).text
 
     def _is_ready(self) -> bool:
         if self._process is None or self._process.poll() is not None:
