@@ -87,9 +87,10 @@ async def test_canaries_under_kills(tmp_path: Path) -> None:
 
 async def test_crowds_in_short(ledger: Ledger) -> None:
     """Each kind is run and told; what a machine of tests is worth says nothing of the figures."""
-    flags = scripted_flags(step_seconds=0.005)
-    await run_overload(ledger, flags=flags, cell="scripted", num_output=8, seconds=0.0, share_seconds=0.5)
-    await run_fairness(ledger, flags=flags, cell="scripted", seconds=1.0, warm_seconds=0.2)
+    flags = scripted_flags(step_seconds=0.05)  # about 20 requests a second: a busy machine sends ten times that too
+    await run_overload(ledger, flags=flags, cell="scripted", num_output=16, seconds=0.0, share_seconds=0.5)
+    flags = scripted_flags(step_seconds=0.01)
+    await run_fairness(ledger, flags=flags, cell="scripted", seconds=0.4, warm_seconds=0.1)
     trials = {(trial.item, trial.cell): trial for trial in ledger.added}
     assert {"2x", "5x", "10x"} == {cell.rpartition(" ")[2] for item, cell in trials if item == "overload"}
     assert all("broken" not in trial.detail and "failed" not in trial.detail for trial in ledger.added)
