@@ -100,6 +100,30 @@ def test_an_adapter_merges_into_what_it_was_beside_its_model(root: Path) -> None
     assert alone.folder == root / "alone-run" / "adapter" and not (root / "alone-run" / "model").exists()
 
 
+@pytest.mark.parametrize(("kind", "method"), [('"lora"', "rank = 4"), ('"last_layers"', "layers = 1")])
+def test_the_gpt2_shape_is_tuned_too(root: Path, kind: str, method: str) -> None:
+    model = pretrain(toy_recipe(root, name="gpt2", architecture='"gpt2"', steps=2, context=128))
+    recipe = tuning_recipe(
+        root, name="gpt2-tuned", model=f'"{model}"', kind=kind, method=method, epochs=1, learning_rate=1e-2
+    )
+    done = finetune(recipe, find_model=Path)
+    assert done.after.loss < done.before.loss
+    before, after = weights(Path(recipe.model)), weights(done.folder)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any("wte" in name or "wpe" in name for name in changed)
+
+
+def test_no_model_is_written_over_the_one_that_it_comes_from(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(root / "base", root / "over-run" / "model")
+    before = weights(root / "over-run" / "model")
+    recipe = write_tuning_recipe(root, name="over", model='"over-run/model"')
+    base = str(root / "base")
+    for arguments in (["finetune", str(recipe)], ["merge", str(root), "--model", base, "--out", base]):
+        assert main(arguments) == 2
+        assert "is the model that this one would be made from" in capsys.readouterr().err
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(root / "over-run" / "model").items())
+
+
 def test_rates_fall_with_depth(root: Path) -> None:
     model, _ = open_base(root / "base")
     groups = make_tuner(model, TrainTable(learning_rate=1.0, depth_decay=0.5)).parts[0].param_groups

@@ -98,4 +98,5 @@ def _peft() -> Iterator[ModuleType]:
         ) from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads names that transformers is about to drop
+        warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)  # it sets what it asks for
         yield peft

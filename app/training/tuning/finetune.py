@@ -15,10 +15,11 @@ from app.training.tuning.adapters import merged, write_adapter
 from app.training.tuning.encoding import Encoded, Encoder
 from app.training.tuning.examples import Example, read_examples
 from app.training.tuning.methods import choose_parameters, make_tuner, moving_weights
-from app.training.tuning.publish import end_ids, open_base, write_model
+from app.training.tuning.publish import end_ids, open_base, require_apart, write_model
 from app.training.tuning.recipe import DataTable, TuningRecipe
 from app.training.tuning.tune import Score, Tuning, require_some, tune
 
+_MODEL = "model"
 FindModel = Callable[[str], Path]
 """From what `headwater serve` takes as MODEL to a folder of it."""
 
@@ -44,6 +45,7 @@ def finetune(recipe: TuningRecipe, *, find_model: FindModel) -> Finished:
         torch.set_num_threads(recipe.train.threads)
     train, validation = split_examples(recipe.data, seed=recipe.train.seed)
     base_folder = find_model(recipe.model)
+    require_apart(base_folder, Path(recipe.run.folder) / _MODEL)
     base, tokenizer = open_base(base_folder)
     template = _read_template(recipe.data.chat_template)
     if template is not None:
@@ -130,7 +132,7 @@ def _describe(run: Tuning, *, num_too_long: int, context: int) -> str:
 
 def _publish(run: Tuning, base_folder: Path, *, turn_ends: set[int], chat_template: str | None) -> Path:
     dtype = torch.bfloat16 if run.recipe.run.save_dtype == "bfloat16" else torch.float32
-    target, adapter, model = run.folder / "model", run.folder / "adapter", run.model
+    target, adapter, model = run.folder / _MODEL, run.folder / "adapter", run.model
     if run.recipe.method.kind == "lora":
         write_adapter(model, adapter, turn_ends=turn_ends, chat_template=chat_template)
         if not run.recipe.run.merge:

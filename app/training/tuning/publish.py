@@ -86,15 +86,22 @@ def merge_adapter(adapter: Path, base: Path, target: Path) -> None:
     """Write the model that `base` and the adapter make together, in the type of `base`.
 
     Raises:
-        ConfigurationError: the adapter is none, or belongs to another model.
+        ConfigurationError: the adapter is none, or belongs to another model, or `target` is `base`.
         TrainingStopped: the model cannot be written.
     """
+    require_apart(base, target)
     model, _ = open_base(base)
     adapted = open_adapter(model, adapter)
     name = json.loads((base / "config.json").read_text(encoding="utf-8")).get("torch_dtype", "bfloat16")
     turn_ends, template = read_serving(adapter)
     dtype = getattr(torch, name)
     write_model(merged(adapted), base, target, dtype=dtype, turn_ends=turn_ends, chat_template=template)
+
+
+def require_apart(base: Path, target: Path) -> None:
+    """Raise ConfigurationError where a model would be written over the one that it comes from."""
+    if target.resolve() == base.resolve():
+        raise ConfigurationError(f"{target} is the model that this one would be made from; name another folder")
 
 
 def end_ids(folder: Path, config: Any) -> list[int]:
