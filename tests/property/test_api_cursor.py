@@ -26,7 +26,7 @@ CURSORS = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(CURSORS)
 def test_what_is_written_is_read_and_fits_into_a_header_and_an_address(cursor: Cursor) -> None:
     text = cursor.write()
@@ -34,7 +34,7 @@ def test_what_is_written_is_read_and_fits_into_a_header_and_an_address(cursor: C
     assert re.fullmatch(r"[A-Za-z0-9_-]+", text) and len(text) <= MAX_CURSOR_CHARS
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(CURSORS, st.data())
 def test_a_damaged_cursor_is_refused(cursor: Cursor, data: st.DataObject) -> None:
     text = cursor.write()
@@ -46,7 +46,7 @@ def test_a_damaged_cursor_is_refused(cursor: Cursor, data: st.DataObject) -> Non
             Cursor.read(damaged)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=80) | st.text("1AZaz09_-", min_size=1, max_size=300).map("1{}".format))
 def test_any_other_text_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest):

@@ -38,7 +38,7 @@ def finished(driver: Driver) -> list[str]:
     return [answer.request.tenant for answer in driver.answers.values() if answer.last is not None]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32),
     weights=st.lists(st.sampled_from([1.0, 1.0, 2.0, 5.0]), min_size=2, max_size=4),

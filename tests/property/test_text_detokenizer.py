@@ -34,7 +34,7 @@ def _library(tokenizer: Tokenizer, ids: list[int], *, skip: bool) -> str:
 
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback, word_piece, metaspace, default_model])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), skip=st.booleans())
 def test_encoded_text(make: Make, data: st.DataObject, skip: bool) -> None:
     tokenizer = make()
@@ -48,7 +48,7 @@ def test_encoded_text(make: Make, data: st.DataObject, skip: bool) -> None:
 
 
 @pytest.mark.parametrize("make", [byte_level, word_piece, metaspace, default_model])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), skip=st.booleans())
 def test_random_ids(make: Make, data: st.DataObject, skip: bool) -> None:
     """Mostly invalid UTF-8, with special tokens between the bytes of a character."""
@@ -60,7 +60,7 @@ def test_random_ids(make: Make, data: st.DataObject, skip: bool) -> None:
     assert joined == tokenizer.decode(ids, skip)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=12), st.lists(st.integers(0, 12), max_size=5))
 @example(b"\xe4\xbd\xf0\x9f\x98\x80\xed\xa0\x80\xc0\x80\xf5", [1, 3])
 def test_any_bytes(data: bytes, cuts: list[int]) -> None:
@@ -74,7 +74,7 @@ def test_any_bytes(data: bytes, cuts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("strip", [True, False])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), skip=st.booleans())
 def test_byte_fallback_runs(strip: bool, data: st.DataObject, skip: bool) -> None:
     """Runs of byte tokens that are valid, or begin invalid: there the library's all-or-nothing is ours."""
@@ -93,14 +93,14 @@ def test_byte_fallback_runs(strip: bool, data: st.DataObject, skip: bool) -> Non
     assert _joined(tokenizer, ids, cuts, skip=skip) == _library(tokenizer, ids, skip=skip)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.integers(0, 280), max_size=25), st.lists(st.integers(0, 25), max_size=8), st.booleans())
 def test_byte_fallback_random_ids_split_or_whole(ids: list[int], cuts: list[int], skip: bool) -> None:
     tokenizer = byte_fallback()
     assert _joined(tokenizer, ids, cuts, skip=skip) == tokenizer.decode(ids, skip)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 310), max_size=40))
 def test_at_most_three_bytes_wait(ids: list[int]) -> None:
     tokenizer = byte_level()

@@ -62,7 +62,7 @@ def test_what_is_what(form: ReasoningForm, start: Start, text: str, reasoning: s
         assert split(form, start, parts) == (reasoning, answer)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(pieces=st.lists(PIECES, max_size=12), cuts=st.lists(st.integers(0, 60)), start=st.sampled_from(Start))
 def test_where_the_text_was_split_does_not_matter(pieces: list[str], cuts: list[int], start: Start) -> None:
     text = "".join(pieces)
@@ -75,7 +75,7 @@ def test_where_the_text_was_split_does_not_matter(pieces: list[str], cuts: list[
     assert "".join(joined.split()) == "".join(tags.split()), "nothing but tags and white space is dropped"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(thought=st.text(max_size=30), answer=st.text(max_size=30))
 def test_what_a_template_writes_is_read_back(thought: str, answer: str) -> None:
     if "think>" in thought + answer:

@@ -30,7 +30,7 @@ def _stream(matcher: StopMatcher, text: str, cuts: list[int]) -> tuple[str, str 
     return released + matcher.finish(), matched
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(TEXT, STOPS, st.lists(st.integers(0, 40), max_size=10), st.booleans())
 @example("abcd" * 3, ("bc", "abcd"), [1, 2, 3], False)
 @example("aab", ("ab", "aab", "b"), [1, 2], False)
@@ -41,7 +41,7 @@ def test_equal_to_the_reference(text: str, stops: tuple[str, ...], cuts: list[in
     assert _stream(StopMatcher(stops, include_stop), text, list(range(len(text)))) == expected
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(TEXT, STOPS)
 def test_only_what_could_become_a_stop_string_waits(text: str, stops: tuple[str, ...]) -> None:
     matcher = StopMatcher(stops)
@@ -56,7 +56,7 @@ def test_only_what_could_become_a_stop_string_waits(text: str, stops: tuple[str,
         assert len(released) == end - held
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(TEXT, STOPS, st.integers(0, 20), st.lists(st.integers(0, 40), max_size=10), st.booleans())
 @example("aaaa", ("aa",), 3, [], False)
 @example("abab", ("aba",), 3, [1, 2], False)

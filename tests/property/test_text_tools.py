@@ -150,7 +150,7 @@ FRAGMENTS = st.sampled_from(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(FRAGMENTS, max_size=14), st.lists(st.integers(0, 200), max_size=6), st.booleans())
 @example(["<tool_call>", "<tool_call>", '{"name": "f", "arguments": {"a": 1}}'], [3], False)
 def test_the_splits_do_not_matter_and_nothing_is_lost_without_calls(
@@ -167,7 +167,7 @@ def test_the_splits_do_not_matter_and_nothing_is_lost_without_calls(
     assert not single or len(calls) <= 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(FRAGMENTS, max_size=14), st.integers(0, 200), st.booleans())
 def test_what_is_released_behind_a_text_does_not_depend_on_its_splits(parts: list[str], cut: int, single: bool) -> None:
     """A stream that goes on elsewhere is told its first part at once, and must add what was left to say."""
@@ -208,7 +208,7 @@ def test_only_the_first_call_counts_where_one_is_asked_for() -> None:
     assert run([text], single=True) == ("Let me look.", [("f", "{}")])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(CallForm),
     st.dictionaries(st.text(max_size=5), st.none() | st.text(max_size=8) | st.lists(st.floats()), max_size=2),

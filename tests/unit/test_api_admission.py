@@ -173,7 +173,7 @@ def test_no_key_fills_the_queue_with_its_prompts() -> None:
     admission.admit([150], max_model_len=1000, share=BOB)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_counts_follow_what_is_in_flight_whatever_happens(data: st.DataObject) -> None:
     admission = make(max_live_sequences=20, max_waiting_tokens=60)

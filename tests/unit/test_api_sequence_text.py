@@ -42,7 +42,7 @@ def run(text: SequenceText, sizes: list[int], ids: tuple[int, ...] = (*IDS, END)
     return deltas
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     sizes=st.lists(st.integers(1, 7), min_size=1, max_size=5),
     stops=st.lists(
@@ -73,7 +73,7 @@ SAID = (
 SAID_IDS = tuple(byte_level().encode_now(SAID, False))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     sizes=st.lists(st.integers(1, 7), min_size=1, max_size=5),
     stops=st.lists(

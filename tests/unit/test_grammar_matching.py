@@ -114,7 +114,7 @@ def test_an_empty_language_is_refused_and_an_empty_text_is_an_end(matchers: Matc
     assert matchers.prepare(asked(source.regex(""))).is_end
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x7f"), max_size=30))
 def test_every_text_can_be_a_json_string(matchers: Matchers, tokenizer: Tokenizer, text: str) -> None:
     state = matchers.prepare(asked(source.json_schema({"type": "string"})))
