@@ -31,6 +31,7 @@ RULES: tuple[Rule, ...] = (
     _rule("context length", 400, r"context (length is|of) \d+ tokens", _MODEL),
     _rule("vocabulary", 400, r"outside the vocabulary", _MODEL),
     _rule("template variables", 400, r"`chat_template_kwargs\..*the model's chat template does not read it", _MODEL),
+    _rule("template and tools", 400, r"chat template shows it no tools|this model's calls are JSON, too", _MODEL),
     _rule("stored response", 404, r"^No response with id `.*` is stored", _STORE),
     _rule("previous response", 400, r"^Previous response with id `.*` not found", _STORE),
     _rule("template", 400, r"^the model's chat template refuses these messages", _MODEL),
