@@ -1,10 +1,10 @@
 """`python -m loadtest.bench_bad_input`: what streams feel while somebody else sends what must be refused.
 
-A server of its own, or one at `--url`, keeps a few greedy streams running. Each kind of bad input is then sent back
-to back by a process of its own for a while, between two whiles without; rounds of all kinds take turns. The figures:
-the slowest refusal, and the median over rounds of what the streams' inter-token latencies (p50, p99) are beside those
-of the quiet whiles around. The first kind is the control: a small request with a plain mistake, which costs little but
-the sender's own share of the machine. Exit status 0: every answer was a refusal, within a second.
+A server of its own, or one at `--url`, keeps a few greedy streams running. Each kind of bad input is then sent by a
+process of its own for a while, `--rate` times a second, between two whiles without; rounds of all kinds take turns.
+The figures: the slowest refusal, and the median over rounds of what the streams' inter-token latencies (p50, p99) are
+beside those of the quiet whiles around. The first kind is the control: a small request with a plain mistake, which
+costs little but the sender's own share of the machine. Exit status 0: every answer was a refusal, within a second.
 """
 
 import argparse
@@ -118,24 +118,26 @@ class Streams:
         return sorted(gaps)
 
 
-def _send(url: str, kind: str, orders: Connection) -> None:
-    """In a process of its own: the bad input, back to back, until told to stop; answers with what came of it."""
+def _send(url: str, kind: str, gap: float, orders: Connection) -> None:
+    """In a process of its own: the bad input every `gap` seconds until told to stop; answers with what came of it."""
     path, body = KINDS[kind]()
     answers: list[tuple[int, float]] = []
     with httpx.Client(base_url=url, timeout=60) as client:
         orders.send("ready")
         orders.recv()
-        while not orders.poll():
+        ended = 0.0
+        while not orders.poll(max(0.0, gap - ended)):
             began = time.monotonic()
             status = client.post(path, content=body, headers=_HEADERS).status_code
-            answers.append((status, time.monotonic() - began))
+            ended = time.monotonic() - began
+            answers.append((status, ended))
     orders.send(answers)
 
 
 @contextmanager
-def _sender(url: str, kind: str) -> Iterator[Connection]:
+def _sender(url: str, kind: str, gap: float) -> Iterator[Connection]:
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_send, args=(url, kind, theirs))
+    process = multiprocessing.get_context("spawn").Process(target=_send, args=(url, kind, gap, theirs))
     process.start()
     try:
         yield ours
@@ -143,9 +145,10 @@ def _sender(url: str, kind: str) -> Iterator[Connection]:
         process.join(60)
 
 
-async def _one(streams: Streams, url: str, kind: str, *, seconds: float, seen: Seen) -> None:
+async def _one(streams: Streams, url: str, kind: str, options: argparse.Namespace, *, seen: Seen) -> None:
     """A quiet while, a loud one, a quiet one."""
-    with _sender(url, kind) as orders:
+    seconds = options.seconds
+    with _sender(url, kind, 1 / options.rate if options.rate else 0.0) as orders:
         await asyncio.to_thread(orders.recv)
         marks = [time.monotonic_ns()]
         await asyncio.sleep(seconds)
@@ -180,7 +183,7 @@ async def _measure(url: str, options: argparse.Namespace) -> dict[str, Seen]:
         await asyncio.sleep(options.seconds)
         for _ in range(options.rounds):
             for kind, one in seen.items():
-                await _one(streams, url, kind, seconds=options.seconds, seen=one)
+                await _one(streams, url, kind, options, seen=one)
         running.cancel()
         await asyncio.wait([running])
     return seen
@@ -189,7 +192,7 @@ async def _measure(url: str, options: argparse.Namespace) -> dict[str, Seen]:
 def report(seen: Mapping[str, Seen]) -> str:
     """A table in Markdown."""
     lines = [
-        "| bad input, back to back | answers | slowest, s | ITL p50 | ITL p99 |",
+        "| bad input | answers | slowest, s | ITL p50 | ITL p99 |",
         "|---|---|---|---|---|",
     ]
     for kind, one in seen.items():
@@ -219,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--url", help="a server that runs; default: the default model on a server of its own")
     parser.add_argument("--streams", type=int, default=4, help="streams that are watched")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each while")
+    parser.add_argument("--rate", type=float, default=4.0, help="bad requests a second; 0: back to back")
     parser.add_argument("--rounds", type=int, default=3)
     return parser
 
