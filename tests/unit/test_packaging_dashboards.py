@@ -245,7 +245,10 @@ def exporter(scrape: Callable[[], str]) -> Iterator[str]:
 @contextmanager
 def prometheus(folder: Path, target: str) -> Iterator[str]:
     """Our configuration with another target and a short interval, run; gives the address of the query API."""
-    scrape = {**SCRAPE["scrape_configs"][0], "static_configs": [{"targets": [target]}]}
+    key = folder / "scrape-key"  # empty, as compose mounts it where no key is set
+    key.touch()
+    changes = {"authorization": {"credentials_file": str(key)}, "static_configs": [{"targets": [target]}]}
+    scrape = {**SCRAPE["scrape_configs"][0], **changes}
     configuration = {
         "global": {"scrape_interval": "100ms", "scrape_timeout": "100ms"},
         "rule_files": [str(DEPLOY / "alerts.yml")],
