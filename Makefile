@@ -3,6 +3,7 @@
 #   make test           install what tests need, run all that are not slow
 #   make check          lint, types, import contracts, docs
 #   make fuzz           10,000 requests that schemathesis makes from the OpenAPI document
+#   make audit          known vulnerabilities of what the locks name (needs PyPI's own index)
 #   make sanitize       the C kernels over random shapes, watched by ASan and UBSan
 #   make bench-kernels  each kernel against what this machine reads and computes at most
 PYTHON ?= python3
@@ -29,7 +30,7 @@ SANITIZED := $(addprefix tests/,numerics/test_native_shapes.py numerics/test_nat
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install install-dev test test-long coverage check fuzz sanitize bench-kernels format lock wheel gpu-report image clean
+.PHONY: help audit serve install install-dev test test-long coverage check fuzz sanitize bench-kernels format lock wheel gpu-report image clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -87,6 +88,12 @@ wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist .
 
 # Needs an NVIDIA device, about 10 minutes and no network; writes docs/gpu/<card>.json.
+# In an environment of its own: it is no part of what is developed or served.
+audit:
+	test -d build/audit || $(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet pip-audit
+	build/audit/bin/pip-audit --disable-pip --require-hashes -r requirements/base.txt -r requirements/dev.txt
+
 gpu-report: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/gpu/report.py $(ARGS)
 

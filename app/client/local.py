@@ -276,7 +276,11 @@ class LocalEngineClient:
                 self._generation, self._config, launch=self._launch, memory=self._memory
             )
         except OSError as error:
-            return self._after_death(EngineDeath(f"the engine did not start: {error}"), ready_seconds=0.0, counts=True)
+            return self._after_death(
+                EngineDeath(f"the engine did not start: {error}", is_self_inflicted=False, leaves_memory_true=True),
+                ready_seconds=0.0,
+                counts=True,
+            )
         finally:
             self._reserve.fill()
         self._first = None
@@ -394,7 +398,9 @@ class LocalEngineClient:
             self._mistake = ConfigurationError(death.reason)
             self._give_up(death.reason)
             return None
-        delay = self._budget.next_delay(ready_seconds=ready_seconds, counts=counts)
+        delay = self._budget.next_delay(
+            ready_seconds=ready_seconds, counts=counts, is_self_inflicted=death.is_self_inflicted
+        )
         self._awaits_ready = self._awaits_ready and delay == 0.0
         self._settle_memory(death)
         if delay is None:
@@ -403,7 +409,7 @@ class LocalEngineClient:
 
     def _settle_memory(self, death: EngineDeath) -> None:
         """Drop what the next engine should not find."""
-        if death.is_configuration or (death.is_self_inflicted and self._budget.num_in_row > 1):
+        if death.is_configuration or (death.is_self_inflicted and self._budget.num_of_own_making > 1):
             self._memory.drop()  # it may be what these engines have in common
         elif not death.leaves_memory_true:
             self._memory.drop_kv()

@@ -191,12 +191,16 @@ class EngineLife:
         return EngineDeath(accusation, leaves_memory_true=True)  # we killed it, where it stood
 
     async def _explain_end(self) -> EngineDeath:
-        """Why the socket closed: our own verdict first, else how the process ended."""
+        """Why the socket closed: our own verdict where our kill was the end, else how the process ended."""
         await self._wait_for_exit(SOCKET_TO_EXIT_SECONDS)
-        if self._accusation is not None:
-            return self._accusation
         returncode = self._process.returncode
         was_out_of_memory = returncode == -signal.SIGKILL and self._memory.has_risen()
+        accusation = self._accusation
+        # A process that dumps its core, or gives much memory back, looks like one that hangs.
+        if accusation is not None and returncode == -signal.SIGKILL and not was_out_of_memory:
+            return accusation
+        if accusation is not None and returncode is None:
+            return EngineDeath(accusation.reason, is_self_inflicted=accusation.is_self_inflicted)
         return EngineDeath(
             describe_returncode(returncode, was_out_of_memory=was_out_of_memory),
             is_self_inflicted=is_self_inflicted(returncode, was_out_of_memory=was_out_of_memory),

@@ -46,8 +46,12 @@ def build_engine(config: EngineConfig, memory: EngineMemory | None = None) -> En
     memory = EngineMemory() if memory is None else memory
     runner = load_runner(config, memory)
     scheduler_config = _scheduler_config(config, runner.info)
-    scheduler = Scheduler(scheduler_config, record=_open_record(memory, runner.info))
-    kept = msgspec.structs.replace(runner.info.kept, num_adopted_blocks=scheduler.num_adopted_blocks)
+    record = _open_record(memory, runner.info)
+    scheduler = Scheduler(scheduler_config, record=record)
+    # Without a record nobody takes out the entries of blocks that are written anew: nothing of the pool may be kept.
+    kept = msgspec.structs.replace(
+        runner.info.kept, has_kv=record is not None, num_adopted_blocks=scheduler.num_adopted_blocks
+    )
     limits = _limits(scheduler_config, runner.info, kept, load_seconds=time.monotonic() - began)
     return Engine(runner, scheduler, limits, Path(config.model_dir))
 

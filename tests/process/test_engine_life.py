@@ -258,6 +258,31 @@ async def test_an_accusation_stands_while_the_process_goes() -> None:
         await life.end()
 
 
+class DumpingProcess(EngineProcess):
+    """Has crashed, and takes so long to say so that it is taken for one that hangs."""
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGSEGV)
+            os.kill(self.pid, signal.SIGCONT)
+            wait_for(lambda: self.returncode is not None)
+
+
+async def test_a_crash_that_looked_like_a_hang_is_a_crash() -> None:
+    supervision = msgspec.structs.replace(IMPATIENT, load_seconds=0.3)
+    process = DumpingProcess.spawn(1, scripted(load_seconds=60.0))
+    life = EngineLife(process, supervision=supervision)
+    await life.begin()
+    await until(lambda: phase_of(process) is EnginePhase.LOADING)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(EngineDeath, match="SIGSEGV") as death:
+            await life.receive()
+        assert death.value.is_self_inflicted and not death.value.leaves_memory_true
+    finally:
+        await life.end()
+
+
 LOADS_NO_TORCH = """
 import asyncio, sys
 from pathlib import Path

@@ -50,6 +50,19 @@ def first_accusation(
 
 
 class TestRestartBudget:
+    def test_deaths_far_apart_are_not_in_a_row(self) -> None:
+        budget = RestartBudget(SUPERVISION)
+        ready = SUPERVISION.window_seconds
+        assert [budget.next_delay(ready_seconds=ready, counts=True) for _ in range(9)] == [0.0] * 9
+
+    def test_those_of_their_own_making_are_told_apart(self) -> None:
+        budget = RestartBudget(SUPERVISION)
+        for is_own, count in ((False, 0), (True, 1), (False, 1), (True, 2)):
+            budget.next_delay(ready_seconds=0.0, counts=False, is_self_inflicted=is_own)
+            assert budget.num_of_own_making == count
+        budget.forgive()
+        assert budget.num_of_own_making == 0
+
     def test_the_first_restart_is_at_once_and_the_next_ones_wait_longer(self) -> None:
         budget = RestartBudget(msgspec.structs.replace(SUPERVISION, max_deaths=9, max_backoff_seconds=1.5))
         delays = [budget.next_delay(ready_seconds=0.1, counts=True) for _ in range(5)]

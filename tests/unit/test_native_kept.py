@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from app.core.config import EngineConfig
 from app.core.memory import EngineMemory
 from app.core.plan import LogitsNeed, PlanEntry
+from app.engine.build import build_engine
 from app.runner.native import load
 from app.runner.native.mapping import Mapping
 from app.runner.native.pool import KVPool
@@ -187,6 +189,19 @@ def test_without_large_pages_memory_is_the_engines_own(
     assert (runner.info.kept.has_weights, runner.info.kept.has_kv) == (False, False)
     assert runner.info.kept.reason.endswith("this kernel makes no large pages of shared memory")
     assert tokens_of(runner) == tokens_of(load_native(folder))
+
+
+def test_a_pool_without_its_record_is_not_kept(tmp_path: Path, memory: EngineMemory) -> None:
+    """Its blocks are written anew, and nobody takes out what an earlier engine has entered of them."""
+    folder = write_model(tmp_path / "m")
+    config = EngineConfig(model_dir=str(folder), num_kv_blocks=64, max_num_batched_tokens=512, num_threads=1)
+    assert build_engine(config, memory).limits.kept.has_kv
+    broken = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        kept = build_engine(config, msgspec.structs.replace(memory, blocks=broken)).limits.kept
+    finally:
+        os.close(broken)
+    assert kept.has_weights and not kept.has_kv
 
 
 def test_a_mapping_goes_with_its_last_view() -> None:
