@@ -144,9 +144,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._running = cycle
         if self.room is not None:
             self.room.busy(self)
+        if not self.flow.write_paused:  # else nobody is told of a pause any more
+            self._stop_watching_reader()
         super()._start_asgi_task(cycle, _unframed(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
 
     def _watch_reader(self) -> None:
+        self._stop_watching_reader()
         self._unread_bytes = self.transport.get_write_buffer_size()
         self._send_deadline = self.loop.call_later(self.send_seconds, self._judge_reader)
 
