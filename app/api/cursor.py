@@ -18,6 +18,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from app.api.schemas.generation import RequestId
 from app.api.schemas.limits import INT32, INT64, MAX_RESUMABLE_CHOICES
 from app.core.errors import InvalidRequest
 
@@ -56,7 +57,7 @@ class Cursor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     seed: Annotated[int, Meta(ge=-INT64, le=INT64 - 1)]
     """As the client gave it, or as it was drawn."""
     created: Annotated[int, Meta(ge=0, le=INT64 - 1)]
-    request_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}\Z")]
+    request_id: RequestId
     """The response's id without its prefix."""
     choices: Annotated[tuple[ChoiceCursor | None, ...], Meta(min_length=1, max_length=MAX_RESUMABLE_CHOICES)]
     """None: nothing of this choice was sent."""

@@ -34,6 +34,8 @@ def add_rules(schemas: dict[str, Schema]) -> None:
         schemas[name] |= branches
     for name in ("ChatRequest", "CompletionRequest"):
         _replace(schemas[name]["properties"]["truncate_prompt_tokens"], _truncation())
+        request_id = schemas[name]["properties"]["request_id"]["anyOf"][0]
+        request_id["pattern"] = request_id["pattern"].replace(r"\Z", "$")  # in ECMA's expressions nothing follows `$`
     for name in ("ChatRequest", "CompletionRequest", "ResponsesRequest"):
         ids = schemas[name]["properties"]["logit_bias"]["anyOf"][0]
         ids["propertyNames"] = {"pattern": "^(0|[1-9][0-9]{0,17})$"}

@@ -90,6 +90,7 @@ ROWS: list[tuple[str, Any, int, str | None]] = [
     ("store", {"prompt": "a", "store": True}, 400, "store"),
     ("salt", {"prompt": "a", "cache_salt": "x" * 129}, 400, "cache_salt"),
     ("request-id", {"prompt": "a", "request_id": "a b"}, 400, "request_id"),
+    ("request-id-newline", {"prompt": "a", "request_id": "ab\n"}, 400, "request_id"),
     ("unknown-model", {"prompt": "a", "model": "gpt-5"}, 404, "model"),
     *((f"refused-{one.name}", {"prompt": "a", one.name: 1}, 400, one.name) for one in COMPLETIONS.refused),
 ]  # fmt: skip

@@ -32,6 +32,8 @@ TokenId = Annotated[int, Meta(ge=0, lt=INT32)]
 TokenCount = Annotated[int, Meta(ge=0, lt=INT32)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
+RequestId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}\Z")]
+"""Not `$`, which a newline may follow."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,7 +82,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_LABEL_CHARS)] | None = None
     priority: Annotated[int, Meta(ge=-INT32, lt=INT32)] | None = None
-    request_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
+    request_id: RequestId | None = None
 
     @property
     def num_samples(self) -> int:
