@@ -106,7 +106,7 @@ class PortableStream:
         for start, text in zip(self.starts, texts, strict=True):
             if start.at is None:
                 continue
-            text.num_cached_tokens = start.at.num_cached_tokens
+            text.settle_cached_tokens(start.at.num_cached_tokens)
             if start.is_over:
                 text.num_output_tokens = start.at.position
                 text.num_reasoning_tokens = start.at.num_reasoning_tokens
@@ -119,10 +119,7 @@ class PortableStream:
         for index, (start, text) in enumerate(zip(self.starts, self._texts, strict=True)):
             asks_logprobs = text.prepared.engine_request.params.num_logprobs is not None
             logprobs = (_UNKNOWN_LOGPROBS,) * len(start.replayed) if asks_logprobs else ()
-            known = EngineOutput(
-                start.request.request_id, start.replayed, logprobs, num_cached_tokens=text.num_cached_tokens
-            )
-            for part in _in_parts(known):
+            for part in _in_parts(EngineOutput(start.request.request_id, start.replayed, logprobs)):
                 self._say_again(index, part)
                 await asyncio.sleep(0)
 
@@ -155,8 +152,6 @@ class PortableStream:
         async with aclosing(generated) as outputs:
             async for output in outputs:
                 start.record.add(output)
-                if start.at is not None:
-                    output = msgspec.structs.replace(output, num_cached_tokens=start.at.num_cached_tokens)
                 if 0 < num_silent <= len(output.token_ids):
                     again, output = _divide(output, num_silent)
                     yield again

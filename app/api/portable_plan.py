@@ -85,30 +85,22 @@ def _start(
 ) -> Start:
     if at is None:
         return Start(request, ChoiceRecord())
+    _check_possible(at, request)
     if at.is_finished:
         return Start(request, ChoiceRecord() if record is None else record, at)
     if request.params.num_prompt_logprobs is not None:  # the client has them
         request = msgspec.structs.replace(
             request, params=msgspec.structs.replace(request.params, num_prompt_logprobs=None)
         )
-    if at.position > request.params.max_tokens:
-        raise InvalidRequest(
-            f"`{LAST_EVENT_ID}` stands behind {at.position} tokens; {request.params.max_tokens} were asked for.",
-            param=LAST_EVENT_ID,
-            code="invalid_cursor",
-        )
     if record is not None and record.knows(at.position):
         known = tuple(record.token_ids)
-        pending = record.since(at.position, request.request_id)
-        if pending is not None:
-            pending = msgspec.structs.replace(pending, num_cached_tokens=at.num_cached_tokens)
         return Start(
             msgspec.structs.replace(request, output_token_ids=known),
             record.copy(),
             at,
             Source.JOURNAL,
             replayed=known[: at.position],
-            pending=pending,
+            pending=record.since(at.position, request.request_id),
         )
     if handed_back or at.position == 0:
         request = msgspec.structs.replace(request, output_token_ids=handed_back)
@@ -141,6 +133,24 @@ def _check_choices(count: int) -> None:
             f"A resumable stream has at most {MAX_RESUMABLE_CHOICES} choices, and this one {count}: lower `n`, send "
             "fewer prompts, or leave `resumable` out.",
             param="stream_options.resumable",
+        )
+
+
+def _check_possible(at: ChoiceCursor, request: EngineRequest) -> None:
+    """Whoever makes a cursor by hand gets no usage that no server says. Raises InvalidRequest."""
+    num_prompt, most = len(request.prompt_token_ids), request.params.max_tokens
+    wrong = None
+    if at.position > most:
+        wrong = f"stands behind {at.position} tokens; {most} were asked for"
+    elif at.num_cached_tokens > num_prompt:
+        wrong = f"is damaged: it tells of {at.num_cached_tokens} cached tokens of a prompt of {num_prompt}"
+    elif at.num_reasoning_tokens > at.position:
+        wrong = f"is damaged: it tells of {at.num_reasoning_tokens} tokens of reasoning among {at.position}"
+    if wrong is not None:
+        raise InvalidRequest(
+            f"`{LAST_EVENT_ID}` {wrong}. Send the `id` of the stream's last event as it came.",
+            param=LAST_EVENT_ID,
+            code="invalid_cursor",
         )
 
 

@@ -68,11 +68,16 @@ class SequenceText:
         self.num_reasoning_tokens = 0
         """Output tokens up to the end of the reasoning, its tags included."""
         self.num_cached_tokens = 0
+        self._is_cached_settled = False
 
     @property
     def splits_reasoning(self) -> bool:
         """Whether reasoning is told from the answer."""
         return self._reasoning is not None
+
+    def settle_cached_tokens(self, count: int) -> None:
+        """The client was told so much: what another engine says of its own cache changes no usage."""
+        self.num_cached_tokens, self._is_cached_settled = count, True
 
     def feed(self, output: EngineOutput) -> Delta | None:
         """The next delta, or None where the step brought nothing to show (a prefill chunk).
@@ -91,7 +96,8 @@ class SequenceText:
             raise EngineFailed(output.error or "The engine failed this request.")
         if reason is FinishReason.ABORT:
             raise SequenceAborted("The server is stopping and ended this request.")
-        self.num_cached_tokens = output.num_cached_tokens
+        if not self._is_cached_settled:
+            self.num_cached_tokens = output.num_cached_tokens
         if self._matcher is None and self._reasoning is None:
             self.num_output_tokens += len(output.token_ids)
             return Delta(self._push_plain(output), output.token_ids, output.logprobs, reason, output.stop_token_id)

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from app.api.admission import AdmissionLimits
+from app.api.cursor import Cursor
 from app.api.deps import ApiLimits
 from app.api.kept import KeptStreams
 from app.api.keys import KeyRing
@@ -300,6 +301,44 @@ def test_what_is_no_cursor_is_refused(first: FakeServer, cursor: str) -> None:
     response = first.http.post(path, json=body, headers={b"last-event-id": cursor.encode("latin-1")})
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "invalid_cursor"
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"position": 0, "num_cached_tokens": 2**31 - 1},
+        {"num_cached_tokens": 3},
+        {"num_reasoning_tokens": 4},
+        {"position": 201, "is_finished": True},
+        {"position": 201},
+    ],
+)
+def test_a_cursor_of_what_cannot_be_is_refused(first: FakeServer, second: FakeServer, forged: dict[str, int]) -> None:
+    path, body = body_of("plain")
+    cursor = Cursor.read(events_of(first.post(body, path))[2].id)
+    assert cursor.choices[0] is not None and cursor.choices[0].position == 3
+    choice = msgspec.structs.replace(cursor.choices[0], **forged)
+    refused = resumed(second, body, path, cursor=msgspec.structs.replace(cursor, choices=(choice,)).write())
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_cursor", "Last-Event-ID")
+
+
+@pytest.mark.parametrize("way", ["decode", "tokens", "journal"])
+def test_what_the_cache_saved_is_counted_where_it_did(first: FakeServer, second: FakeServer, way: str) -> None:
+    """The usage tells what the first server's cache saved, the metrics what this one's did."""
+    path, body = body_of("token ids")
+    body["stream_options"] |= USAGE
+    first.engine.num_cached_tokens, second.engine.num_cached_tokens = 2, 1
+    events = events_of(first.post(body, path))
+    server = first if way == "journal" else second
+    before = server.sample("prompt_tokens_cached_total")
+    ids = token_ids_of(events[:4], 1) if way == "tokens" else None
+    response = resumed(server, body, path, cursor=events[3].id, token_ids=ids)
+    assert response.headers["headwater-resumed"] == way
+    [usage] = said(events_of(response)).usage
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
+    assert server.sample("prompt_tokens_cached_total") == before + (0 if way == "journal" else 1)
 
 
 @pytest.mark.parametrize(
