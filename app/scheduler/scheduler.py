@@ -325,13 +325,18 @@ class Scheduler:
         self._shares.charge(request.tenant, num_charged, weight=request.weight, is_prompt=num_tokens > 1)
 
     def _is_passed_over(self, tenant: str) -> bool:
-        """Whether a tenant has its part of this step, or, where it waits alone, must leave one row in five free."""
+        """Whether a tenant has its part of this step, or, where it waits alone, must leave one row in five free.
+
+        That is rounded down: with fewer than five rows none is left.
+        """
         if not tenant:
             return False
         if self._prompt_tokens_left(tenant) == 0:
             return True
-        num_rows, free = self._num_rows_of[tenant], self._config.max_num_seqs - len(self._running)
-        return self._queue.num_tenants < 2 and num_rows > 0 and num_rows >= ROW_SHARE * (free - 1)
+        max_num_seqs, num_rows = self._config.max_num_seqs, self._num_rows_of[tenant]
+        free = max_num_seqs - len(self._running)
+        has_most = num_rows >= ROW_SHARE * (free - 1) and free <= max_num_seqs // (ROW_SHARE + 1)
+        return self._queue.num_tenants < 2 and num_rows > 0 and has_most
 
     def _prompt_tokens_left(self, tenant: str) -> int:
         config = self._config

@@ -5,6 +5,7 @@ from collections import Counter
 from zlib import crc32
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,6 +113,17 @@ def test_whoever_comes_finds_a_row() -> None:
     driver.add(request("light", "light"))
     driver.step()
     assert "light" in [sequence.request_id for sequence in driver.scheduler._running]
+    driver.run_until_idle()
+
+
+@pytest.mark.parametrize(("num_rows", "num_left"), [(1, 0), (2, 0), (4, 0), (5, 1), (6, 1), (9, 1), (11, 2)])
+def test_a_lone_tenant_leaves_no_more_than_a_fifth(num_rows: int, num_left: int) -> None:
+    driver = Driver(make_config(num_kv_blocks=200, max_num_seqs=num_rows, enable_prefix_caching=False))
+    for index in range(20):
+        driver.add(request(f"heavy-{index}", "heavy", max_tokens=20))
+    for _ in range(10):
+        driver.step()
+    assert num_rows - len(driver.scheduler._running) == num_left
     driver.run_until_idle()
 
 
