@@ -2,7 +2,9 @@
 
 Invariants: a stream is found by whoever may have it and by nobody else, since its key holds the owner (API key and
 cache salt) beside the request; streams that ended are bounded in number, bytes and time, the oldest dropped first.
-One event loop's thread; no locks.
+Streams that run are bounded in bytes, each and together: one that has too many log-probabilities loses the older half,
+and where all have too much, the largest is no longer kept. Whoever goes on with it brings its tokens, or has them drawn
+again. One event loop's thread; no locks.
 """
 
 import asyncio
@@ -16,9 +18,14 @@ from app.core.types import EngineOutput, FinishReason, TokenLogprobs
 RESUME_WINDOW = 60.0
 MAX_STREAMS = 1024
 MAX_BYTES = 64 * 1024 * 1024
+MAX_STREAM_BYTES = 8 * 1024 * 1024
+"""Of one that runs."""
+MAX_RUNNING_BYTES = 64 * 1024 * 1024
+"""Of all that run."""
 _ID_BYTES = 40
-_LOGPROBS_BYTES = 200
-_CANDIDATE_BYTES = 48
+_LOGPROBS_BYTES = 240
+_CANDIDATE_BYTES = 68
+"""Two places in tuples, an int, a float."""
 
 
 class StreamKey(NamedTuple):
@@ -62,6 +69,16 @@ class ChoiceRecord:
         if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.finish, self.stop_token_id = output.finish_reason, output.stop_token_id
 
+    def forget_older_logprobs(self) -> None:
+        """The older half; of its tokens only the ids are known from then on."""
+        count = (len(self.logprobs) + 1) // 2
+        del self.logprobs[:count]
+        self.first_known += count
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        self.token_ids, self.logprobs, self.first_known = [], [], 0
+
     def since(self, position: int, request_id: str) -> EngineOutput | None:
         """What comes after so many tokens, as one output; None where that is nothing."""
         token_ids = tuple(self.token_ids[position:])
@@ -91,6 +108,11 @@ class StreamRecord(NamedTuple):
     key: StreamKey
     choices: tuple[ChoiceRecord, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """About, in memory."""
+        return sum(choice.num_bytes for choice in self.choices)
+
 
 class _Ended(NamedTuple):
     until: float
@@ -106,19 +128,26 @@ class KeptStreams:
         window: float = RESUME_WINDOW,
         max_streams: int = MAX_STREAMS,
         max_bytes: int = MAX_BYTES,
+        max_stream_bytes: int = MAX_STREAM_BYTES,
+        max_running_bytes: int = MAX_RUNNING_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`window`: seconds that a stream is kept after its end; 0 keeps none."""
         self._window = window
         self._max_streams = max_streams
         self._max_bytes = max_bytes
+        self._max_stream_bytes = max_stream_bytes
+        self._max_running_bytes = max_running_bytes
         self._clock = clock
         self._records: dict[StreamKey, StreamRecord] = {}
         self._ended: OrderedDict[StreamKey, _Ended] = OrderedDict()
         """In the order in which they ended."""
+        self._running: dict[StreamKey, int] = {}
+        """Bytes of each."""
         self._timer: asyncio.TimerHandle | None = None
         self.num_bytes = 0
         """Of streams that ended."""
+        self.num_running_bytes = 0
 
     def __len__(self) -> int:
         return len(self._records)
@@ -127,12 +156,24 @@ class KeptStreams:
         """The stream runs; it takes the place of one with the same key."""
         self._forget(record.key)
         self._records[record.key] = record
+        self._running[record.key] = 0
+        self._grow(record, record.num_bytes)
+
+    def add(self, record: StreamRecord, index: int, output: EngineOutput) -> None:
+        """Take what the engine brought of one choice. Nothing happens where the stream is not kept."""
+        if not self._is_running(record):
+            return
+        choice = record.choices[index]
+        before = choice.num_bytes
+        choice.add(output)
+        self._grow(record, choice.num_bytes - before)
 
     def close(self, record: StreamRecord) -> None:
         """The stream ended, however it did. Nothing happens where another one took its place."""
-        if self._records.get(record.key) is not record:
+        if not self._is_running(record):
             return
-        num_bytes = sum(choice.num_bytes for choice in record.choices)
+        num_bytes = self._running.pop(record.key)
+        self.num_running_bytes -= num_bytes
         self._ended[record.key] = _Ended(self._clock() + self._window, num_bytes)
         self.num_bytes += num_bytes
         self.expire()
@@ -158,8 +199,30 @@ class KeptStreams:
                 return
             self._forget(key)
 
+    def _is_running(self, record: StreamRecord) -> bool:
+        return record.key in self._running and self._records[record.key] is record
+
+    def _grow(self, record: StreamRecord, num_bytes: int) -> None:
+        """Count it, and let go of what is too much."""
+        running = self._running
+        running[record.key] += num_bytes
+        self.num_running_bytes += num_bytes
+        if running[record.key] > self._max_stream_bytes:
+            for choice in record.choices:
+                choice.forget_older_logprobs()
+            self.num_running_bytes += record.num_bytes - running[record.key]
+            running[record.key] = record.num_bytes
+            if running[record.key] > self._max_stream_bytes:
+                self._forget(record.key)
+        while self.num_running_bytes > self._max_running_bytes:
+            self._forget(max(running, key=running.__getitem__))
+
     def _forget(self, key: StreamKey) -> None:
-        self._records.pop(key, None)
+        record = self._records.pop(key, None)
+        if record is not None and key in self._running:
+            self.num_running_bytes -= self._running.pop(key)
+            for choice in record.choices:  # whoever fills it may hold it long
+                choice.clear()
         if (ended := self._ended.pop(key, None)) is not None:
             self.num_bytes -= ended.num_bytes
 

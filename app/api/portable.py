@@ -151,7 +151,7 @@ class PortableStream:
         generated = cast("AsyncGenerator[EngineOutput, None]", engine.generate(start.request))
         async with aclosing(generated) as outputs:
             async for output in outputs:
-                start.record.add(output)
+                self._kept.add(self._record, index, output)
                 if 0 < num_silent <= len(output.token_ids):
                     again, output = _divide(output, num_silent)
                     yield again

@@ -87,7 +87,7 @@ def _start(
         return Start(request, ChoiceRecord())
     _check_possible(at, request)
     if at.is_finished:
-        return Start(request, ChoiceRecord() if record is None else record, at)
+        return Start(request, ChoiceRecord() if record is None else record.copy(), at)
     if request.params.num_prompt_logprobs is not None:  # the client has them
         request = msgspec.structs.replace(
             request, params=msgspec.structs.replace(request.params, num_prompt_logprobs=None)

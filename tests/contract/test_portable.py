@@ -217,6 +217,21 @@ def test_nothing_is_kept_where_the_window_is_nothing() -> None:
         assert response.headers["headwater-resumed"] == "decode"
 
 
+@pytest.mark.parametrize("case", ["log-probabilities", "chat with log-probabilities", "plain"])
+def test_what_was_too_much_to_keep_is_drawn_again(first: FakeServer, case: str) -> None:
+    path, body = body_of(case)
+    body |= {"max_tokens": 40, "ignore_eos": True}
+    say(first, case)
+    events = events_of(first.post(body, path))
+    with fake_server(kept=KeptStreams(max_stream_bytes=3000), chat_template=TEMPLATE, max_model_len=1024) as server:
+        say(server, case)
+        own = events_of(server.post(body | {"request_id": "a"}, path))
+        for count, way in ((3, "decode"), (39, "journal")):
+            response = resumed(server, body | {"request_id": "a"}, path, cursor=own[count - 1].id)
+            assert response.headers["headwater-resumed"] == ("journal" if case == "plain" else way)
+            assert said(own[:count] + events_of(response)).choices == said(events).choices
+
+
 def test_a_stream_that_does_not_ask_for_it_has_no_cursors(first: FakeServer) -> None:
     events = events_of(first.post({"prompt": "Hi", "stream": True}))
     assert not any(event.id for event in events)

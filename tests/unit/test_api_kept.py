@@ -82,6 +82,63 @@ async def test_it_is_dropped_in_time_where_nobody_asks() -> None:
             await asyncio.sleep(0.001)
 
 
+def brought(num_tokens: int, *, num_candidates: int = 0) -> EngineOutput:
+    candidates = tuple(range(num_candidates))
+    entry = TokenLogprobs(-1.0, 1, candidates, tuple(float(one) for one in candidates))
+    return EngineOutput("r", tuple(range(num_tokens)), (entry,) * num_tokens if num_candidates else ())
+
+
+async def test_what_runs_has_no_more_bytes_than_one_stream_may_and_gives_what_is_newest() -> None:
+    kept = KeptStreams(max_stream_bytes=100_000)
+    record = record_of(1, num_tokens=0)
+    choice = record.choices[0]
+    kept.open(record)
+    for count in range(1, 1001):
+        kept.add(record, 0, brought(1, num_candidates=20))
+        assert record.num_bytes == kept.num_running_bytes <= 100_000
+        assert len(choice.token_ids) == count == choice.first_known + len(choice.logprobs)
+    assert 0 < choice.first_known < 1000
+    assert not choice.knows(choice.first_known - 1) and choice.knows(choice.first_known) and choice.knows(1000)
+    newest = choice.since(990, "r")
+    assert newest is not None and len(newest.token_ids) == len(newest.logprobs) == 10
+    kept.close(record)
+    assert kept.find(record.key) is record and (kept.num_bytes, kept.num_running_bytes) == (record.num_bytes, 0)
+
+
+async def test_a_stream_whose_tokens_alone_are_too_much_is_not_kept() -> None:
+    kept = KeptStreams(max_stream_bytes=1000)
+    record = record_of(1)
+    kept.open(record)
+    for _ in range(100):
+        kept.add(record, 0, brought(1))
+    assert kept.find(record.key) is None and (record.num_bytes, kept.num_running_bytes) == (0, 0)
+    kept.close(record)
+    assert (len(kept), kept.num_bytes) == (0, 0)
+
+
+async def test_where_all_that_runs_is_too_much_the_largest_is_not_kept() -> None:
+    kept = KeptStreams(max_running_bytes=record_of(0, num_tokens=100).num_bytes)
+    records = [record_of(number, num_tokens=num_tokens) for number, num_tokens in enumerate((20, 60, 19))]
+    for record in records:
+        kept.open(record)
+    kept.add(records[2], 0, brought(1))
+    assert all(kept.find(record.key) is record for record in records)
+    kept.add(records[2], 0, brought(1))
+    assert [kept.find(record.key) is record for record in records] == [True, False, True]
+    assert kept.num_running_bytes == records[0].num_bytes + records[2].num_bytes
+    kept.add(records[1], 0, brought(5))
+    assert records[1].num_bytes == 0
+
+
+async def test_a_stream_that_lost_its_place_gathers_nothing() -> None:
+    kept = KeptStreams()
+    before, after = record_of(1), record_of(1)
+    kept.open(before)
+    kept.open(after)
+    kept.add(before, 0, brought(5))
+    assert before.num_bytes == 0 and kept.num_running_bytes == after.num_bytes > 0
+
+
 def test_a_record_gives_what_comes_after_a_position_as_one_output() -> None:
     record = ChoiceRecord((7, 8))
     assert record.since(2, "r") is None
