@@ -4,7 +4,7 @@ The engine is started before FastAPI is imported, so that both load side by side
 converted first keeps nobody waiting: `/health` and `/ready` answer meanwhile. The first SIGTERM or SIGINT drains:
 `/ready` says so at once; after a SIGTERM requests are still served for `--drain-grace` seconds, in which load
 balancers look elsewhere; then new ones are refused with 503, live ones get `--drain-timeout` seconds, and
-everything ends. The second signal ends it at once.
+everything ends. The second signal ends it at once. A SIGHUP, which comes when a terminal closes, is a SIGTERM here.
 """
 
 import asyncio
@@ -68,6 +68,7 @@ def serve(settings: Settings) -> int:
 
 def check(settings: Settings) -> int:
     """Load the model as `serve` would, print what was decided, and end. Raises ConfigurationError."""
+    _check_exposure(settings)
     configure_logging(level=settings.log_level, form=settings.log_format)
     return asyncio.run(_check(settings, _start_engine(settings, find_model(settings))))
 
@@ -108,6 +109,8 @@ async def _check(settings: Settings, start: _Start) -> int:
     client = main.make_engine_client(settings, start.config, launch=start.launch, metrics=metrics, first=start.engine)
     await client.start()
     try:
+        # Keys, template and whatever else `serve` would refuse.
+        main.make_context(settings, start.folder, metrics=metrics, engine=client, runs_engine=False)
         answer(table(describe_model(start.folder, await client.wait_ready(settings.load_timeout))))
     finally:
         await client.stop()
@@ -323,7 +326,7 @@ def _make_server(app: "StartingApp", settings: Settings, *, room: "ConnectionRoo
 
 
 class _Signals:
-    """SIGTERM and SIGINT, as they came."""
+    """SIGTERM, SIGHUP and SIGINT, as they came."""
 
     def __init__(self) -> None:
         self.drain = asyncio.Event()
@@ -331,14 +334,14 @@ class _Signals:
         self.end = asyncio.Event()
         """Set by the second one."""
         self.is_terminated = False
-        """The first one was a SIGTERM: a machine's wish, not a person's at the keyboard."""
+        """The first one was no SIGINT: a machine's wish, not a person's at the keyboard."""
 
     def note(self, number: int) -> None:
         """One came."""
         if self.drain.is_set():
             self.end.set()
         else:
-            self.is_terminated = number == signal.SIGTERM
+            self.is_terminated = number != signal.SIGINT
             self.drain.set()
 
 
@@ -346,7 +349,9 @@ class _Signals:
 def _signals() -> Iterator[_Signals]:
     loop = asyncio.get_running_loop()
     signals = _Signals()
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    # Who starts a server with nohup wants it to outlive the terminal.
+    hang_up = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    numbers = (signal.SIGTERM, signal.SIGINT, *hang_up)
     for number in numbers:
         loop.add_signal_handler(number, signals.note, number)
     try:

@@ -167,8 +167,9 @@ class Admission:
         limits = self._limits
         num_sequences = len(num_prompt_tokens)
         if num_sequences > (most := self._most_of(share)):
+            whose = "this server takes" if most == limits.max_live_sequences else "this API key may have"
             raise InvalidRequest(
-                f"`n` times the number of prompts is {num_sequences}; this server takes at most {most} at once.",
+                f"`n` times the number of prompts is {num_sequences}; {whose} at most {most} at once.",
                 param="n",
             )
         num_ids = sum(num_prompt_tokens) + num_sequences * num_param_ids

@@ -201,6 +201,10 @@ def _with_option(key: Key, option: str, source: str) -> Key:
 
 def _make_key(key: str, name: str | None, source: str) -> Key:
     if not _KEY.match(key):
+        if name is None and ":" in key:
+            raise ConfigurationError(
+                f"{source}: the name in front of the `:` has 1 to 64 ASCII letters, digits and `_.-`, and no others"
+            )
         # The key itself is never part of a message.
         raise ConfigurationError(
             f"{source}: a key has {MIN_KEY_CHARS} to {MAX_KEY_CHARS} printable ASCII characters without spaces; "

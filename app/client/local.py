@@ -296,7 +296,9 @@ class LocalEngineClient:
             death = self._in_words(death)
             self._mark_dead(death)
             await life.end()
-            counts = not self._blame(death, life)
+            is_explained = self._blame(death, life)
+            # Whoever kills idle engines shows nothing about engines.
+            counts = not is_explained and (death.is_self_inflicted or len(self._journal) > 0)
             return self._after_death(death, ready_seconds=ready_seconds, counts=counts)
         finally:
             self._life = None

@@ -159,6 +159,13 @@ def test_an_unfit_file_ends_the_start_without_showing_the_key(tmp_path: Path, te
         KeyRing(file=tmp_path / "nowhere")
 
 
+def test_a_name_that_is_none_is_told_from_a_key_that_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("naïve:" + "c" * 24 + "\n")
+    with pytest.raises(ConfigurationError, match="name in front"):
+        KeyRing(file=file)
+
+
 def test_keys_come_by_file_or_variable_and_never_by_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys"
     file.write_text(ALICE)
@@ -223,6 +230,7 @@ def test_weight_and_concurrency_stand_behind_a_key(tmp_path: Path) -> None:
         # Her sequences are two at most, whatever others do.
         refused = server.post({"prompt": "Hi", "n": 3}, **bearer(ALICE))
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "n"
+        assert "this API key" in refused.json()["error"]["message"]
         server.engine.hold_at = 1
         with server.http.stream(
             "POST", "/v1/completions", json={"prompt": "Hi", "n": 2, "stream": True}, headers=bearer(ALICE)

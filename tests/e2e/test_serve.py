@@ -43,13 +43,14 @@ def request(**fields: object) -> dict[str, object]:
     return {"model": default_model(), "prompt": "hello", "max_tokens": 40, "ignore_eos": True, "stream": True, **fields}
 
 
-async def test_a_signal_lets_live_streams_finish_and_refuses_new_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_lets_live_streams_finish_and_refuses_new_ones(tmp_path: Path, number: signal.Signals) -> None:
     with serving(tmp_path / "log") as (process, url):
         async with httpx.AsyncClient(base_url=url, timeout=30) as client:
             async with client.stream("POST", "/v1/completions", json=request()) as stream:
                 lines = stream.aiter_lines()
                 assert (await anext(lines)).startswith("data: ")
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(number)
                 ready = await client.get("/ready")
                 for _ in range(500):
                     if ready.status_code != 200:
@@ -228,3 +229,19 @@ def test_a_model_that_cannot_be_found_ends_the_start_with_status_2(tmp_path: Pat
     with started(log, *command) as process:
         assert process.wait(EXIT_SECONDS) == 2
     assert "no-such-model" in log.read_text() and "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--api-key-file", "/nowhere/keys"), "/nowhere/keys"),
+        (("--chat-template", "/nowhere/template"), "/nowhere/template"),
+        (("--ssl-certfile", "/nowhere/certificate"), "--ssl-keyfile"),
+    ],
+)
+def test_check_refuses_what_serve_would_refuse(tmp_path: Path, flags: tuple[str, str], named: str) -> None:
+    default_model_folder()
+    log = tmp_path / "log"
+    with started(log, "-m", "app.cli", "check", "--tier", "scripted", *flags) as process:
+        assert process.wait(60) == 2
+    assert named in log.read_text()

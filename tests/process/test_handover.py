@@ -129,7 +129,7 @@ async def test_a_slow_step_is_not_a_hang() -> None:
 
 @pytest.mark.parametrize("crash", ["exit", "segv", "raise", "hang"])
 async def test_a_request_that_ends_engines_ends_alone(crash: str) -> None:
-    supervision = msgspec.structs.replace(IMPATIENT, hang_seconds=0.4)
+    supervision = msgspec.structs.replace(IMPATIENT, hang_seconds=1.0)
     config = scripted(crash_on_token=POISON, trigger_after=5, crash=crash, step_seconds=0.001)
     await _poison_among(8, config, supervision)
 
