@@ -125,6 +125,7 @@ class Scheduler:
             return EngineOutput(request.request_id, finish_reason=finish.reason, stop_token_id=finish.stop_token_id)
         self._num_added += 1
         self._sequences[request.request_id] = sequence
+        self._shares.forget_some(live.request.tenant for live in self._sequences.values())
         if self._preparation.concerns(request):
             self._preparation.hold(sequence)
         else:

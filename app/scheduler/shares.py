@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 RECENT_SECONDS = 10.0
 MAX_TENANTS = 4096
-"""Counters kept of tenants that do not wait; beyond it the smallest are forgotten: they would be lifted most."""
+"""Counters kept before some are forgotten."""
 
 
 class Shares:
@@ -26,6 +26,7 @@ class Shares:
 
     def __init__(self) -> None:
         self._counters: dict[str, float] = {}
+        self._max_counters = MAX_TENANTS
         self._last = 0.0
         """The counter of the tenant that was let in last, as it was then."""
         self._now = 0.0
@@ -61,7 +62,6 @@ class Shares:
         """The tenant begins to wait, beside those of `waiting`."""
         level = min(map(self.of, waiting), default=self._last)
         self._counters[tenant] = max(level, self.of(tenant))
-        self._forget_some(tenant)
 
     def note_entry(self, tenant: str) -> None:
         """A sequence of this tenant leaves the queue."""
@@ -71,8 +71,14 @@ class Shares:
         """The tenant's counter."""
         return self._counters.get(tenant, 0.0)
 
-    def _forget_some(self, newest: str) -> None:
-        if len(self._counters) <= MAX_TENANTS:
+    def forget_some(self, live: Iterable[str]) -> None:
+        """Where there are many counters, forget the smallest of tenants that are not `live`: they would be lifted most.
+
+        Live ones wait or run: theirs are compared and set the level. Called before each new sequence, at little cost.
+        """
+        if len(self._counters) <= self._max_counters:
             return
-        kept = sorted(self._counters, key=self._counters.__getitem__)[MAX_TENANTS // 2 :]
-        self._counters = {tenant: self._counters[tenant] for tenant in {*kept, newest}}
+        idle = self._counters.keys() - frozenset(live)
+        for tenant in sorted(idle, key=self.of)[: -MAX_TENANTS // 2]:
+            del self._counters[tenant]
+        self._max_counters = max(MAX_TENANTS, 2 * len(self._counters))

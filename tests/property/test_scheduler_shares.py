@@ -143,10 +143,21 @@ def test_not_having_asked_earns_nothing() -> None:
     assert shares.of("new") == 507.0
 
 
-def test_counters_are_bounded_in_number() -> None:
-    shares = Shares()
+def test_counters_are_bounded_in_number_and_those_of_live_tenants_stay() -> None:
+    driver = Driver(make_config(num_kv_blocks=200, max_num_seqs=2, enable_prefix_caching=False))
+    shares = driver.scheduler._shares
+    for tenant in ("runs", "runs", "waits"):
+        driver.add(request(f"{tenant}-{len(driver.answers)}", tenant, max_tokens=30))
+    driver.step()
+    driver.step()
+    level, counter = shares.of("waits"), shares.of("runs")
     for index in range(3 * MAX_TENANTS):
-        shares.lift(f"tenant-{index}", [])
-        shares.charge(f"tenant-{index}", index, weight=1.0)
-    assert len(shares._counters) <= MAX_TENANTS + 1
-    assert shares.of(f"tenant-{3 * MAX_TENANTS - 1}") > 0
+        shares.charge(f"idle-{index}", 1000 + index, weight=1.0)  # each of them more than the live ones
+        if index % MAX_TENANTS == 0:
+            driver.add(request(f"new-{index}", "new"))
+    driver.add(request("newcomer", "newcomer"))
+    assert len(shares._counters) < MAX_TENANTS
+    assert (shares.of("waits"), shares.of("runs")) == (level, counter) and counter > 0
+    assert shares.of("newcomer") >= level
+    assert f"idle-{3 * MAX_TENANTS - 1}" in shares._counters
+    driver.run_until_idle()
