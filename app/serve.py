@@ -1,7 +1,7 @@
 """`headwater serve` and `headwater check`: the life of a server, from the first fork to the exit code.
 
 The engine is started before FastAPI is imported, so that both load side by side. A model that must be fetched or
-converted first keeps nobody waiting: `/health` and `/ready` answer meanwhile. The first SIGTERM or SIGINT drains:
+converted first keeps nobody waiting: `/health` and `/ready` answer meanwhile. The first signal to end drains:
 `/ready` says so at once; after a SIGTERM requests are still served for `--drain-grace` seconds, in which load
 balancers look elsewhere; then new ones are refused with 503, live ones get `--drain-timeout` seconds, and
 everything ends. The second signal ends it at once. A SIGHUP, which comes when a terminal closes, is a SIGTERM here.
