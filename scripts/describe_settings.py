@@ -47,7 +47,8 @@ This page is generated from `app/cli.py` (`python scripts/describe_settings.py e
 
 A service manager may restart on {failed} and should not on {configuration}: see the unit in
 [Deploy](../how-to/deploy.md). The first SIGTERM, SIGINT or SIGHUP drains `headwater serve`, which then ends
-with {ok}. What ends an engine is no exit code of the server: another engine is started, and the log says how the old one ended.
+with {ok}. What ends an engine is no exit code of the server: another engine is started, and the log says how
+the old one ended.
 """
 
 VARIABLE_MEANINGS: Mapping[str, str] = {
