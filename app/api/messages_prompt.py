@@ -6,7 +6,7 @@ one turn, as Anthropic has it. A final message of the assistant is gone on with.
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import msgspec
@@ -18,6 +18,7 @@ from app.api.schemas.decode import shown
 from app.api.schemas.messages import ContentBlock, CountTokensRequest, MessageParam, MessagesRequest, MessagesTool
 from app.api.schemas.tools import FunctionChoice, FunctionSpec, NamedToolChoice, Tool, ToolChoice
 from app.api.tools import ToolPlan, plan_tools
+from app.api.turn import Turn
 from app.core.errors import InvalidRequest
 from app.text.chat_template import ChatTemplate
 
@@ -121,24 +122,6 @@ def _template_tool(tool: MessagesTool) -> dict[str, object]:
     return {"type": "function", "function": {"name": tool.name, **description, "parameters": tool.input_schema}}
 
 
-@dataclass(slots=True)
-class _Turn:
-    """What one message says."""
-
-    texts: list[str] = field(default_factory=list)
-    thoughts: list[str] = field(default_factory=list)
-    calls: list[dict[str, object]] = field(default_factory=list)
-
-    def message(self, role: str) -> dict[str, object]:
-        """As templates read it."""
-        message: dict[str, object] = {"role": role, "content": "\n".join(self.texts)}
-        if self.thoughts:
-            message["reasoning_content"] = "\n".join(self.thoughts)
-        if self.calls:
-            message["tool_calls"] = self.calls
-        return message
-
-
 class _Turns:
     """The turns of one conversation, in the making."""
 
@@ -146,7 +129,7 @@ class _Turns:
         self._context = context
         self._messages: list[dict[str, object]] = []
         self._role = ""
-        self._turn = _Turn()
+        self._turn = Turn()
         self._names: dict[str, str] = {}
         """Of the tools, by the ids of the calls."""
 
@@ -179,7 +162,7 @@ class _Turns:
             raise InvalidRequest(f"`{where}.tool_use_id` is required in a tool_result block.", param=where)
         if self._turn.texts:
             self._messages.append(self._turn.message("user"))
-            self._turn = _Turn()
+            self._turn = Turn()
         content = "" if block.content is None else block.content
         texts = [self._text(one, place) for one, place in _blocks(content, f"{where}.content")]
         result: dict[str, object] = {"role": "tool", "content": "\n".join(texts), "tool_call_id": block.tool_use_id}
@@ -200,7 +183,7 @@ class _Turns:
         is_answered = self._role == "user" and bool(self._messages) and self._messages[-1]["role"] == "tool"
         if self._role and (turn.texts or turn.calls or turn.thoughts or not is_answered):
             self._messages.append(turn.message(self._role))
-        self._turn = _Turn()
+        self._turn = Turn()
 
     def _text(self, block: ContentBlock, where: str) -> str:
         if block.type == "text":

@@ -8,7 +8,7 @@ are no part of what is stored.
 import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from app.api.chat_prompt import TemplateVariables, require_template, sort_variables, with_parsed_call
@@ -31,6 +31,7 @@ from app.api.schemas.responses import (
 from app.api.schemas.structured import JsonSchemaFormat, JsonSchemaSpec, ResponseFormat
 from app.api.schemas.tools import FunctionChoice, FunctionSpec, NamedToolChoice, Tool, ToolChoice
 from app.api.tools import ToolPlan, plan_tools
+from app.api.turn import Turn
 from app.core.errors import InvalidRequest
 
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "reasoning_text", "summary_text"})
@@ -169,24 +170,6 @@ def _ignored(request: ResponsesRequest, variables: TemplateVariables) -> tuple[s
     return tuple(names)
 
 
-@dataclass(slots=True)
-class _Turn:
-    """What the assistant says in a row."""
-
-    texts: list[str] = field(default_factory=list)
-    thoughts: list[str] = field(default_factory=list)
-    calls: list[object] = field(default_factory=list)
-
-    def message(self) -> Message:
-        """As templates read it."""
-        message: Message = {"role": "assistant", "content": "\n".join(self.texts)}
-        if self.thoughts:
-            message["reasoning_content"] = "\n".join(self.thoughts)
-        if self.calls:
-            message["tool_calls"] = self.calls
-        return message
-
-
 class Turns:
     """The messages that items make, after those of a conversation."""
 
@@ -194,7 +177,7 @@ class Turns:
         self._model = model
         self._knows_developer = knows_developer
         self._messages: list[Message] = []
-        self._turn = _Turn()
+        self._turn = Turn()
         self._names = dict(_names_of_calls(conversation))
         """Of the functions, by the ids of their calls."""
 
@@ -285,8 +268,8 @@ class Turns:
     def _flush(self) -> None:
         turn = self._turn
         if turn.texts or turn.thoughts or turn.calls:
-            self._messages.append(turn.message())
-        self._turn = _Turn()
+            self._messages.append(turn.message("assistant"))
+        self._turn = Turn()
 
     def _text(self, content: str | Sequence[InputPart], where: str) -> str:
         if isinstance(content, str):

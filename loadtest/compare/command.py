@@ -17,7 +17,7 @@ from app.core.errors import ConfigurationError
 from app.store import ModelFolder, default_model, resolve
 from loadtest.compare.client_check import BENCH_CLIENT, check
 from loadtest.compare.measure import Label, Measurement, measure
-from loadtest.compare.peers import Peer, Places, default_peers_dir, peer_table
+from loadtest.compare.peers import Peer, Places, default_peers_dir, named_peers, peer_table
 from loadtest.compare.probe import probe
 from loadtest.compare.report import write_report
 from loadtest.compare.results import Results, is_done, this_machine
@@ -90,7 +90,7 @@ def run(options: Options, say: Callable[[str], None]) -> int:
             return 0
         results.keep_machine(machine)
         # The server under measurement must end with us.
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         _warn_if_busy(say)
         if options.check_client:
             _check_client(results, places, select(options.workloads or CHECKED_LOADS), say)
@@ -220,13 +220,9 @@ def line(measurement: Measurement) -> str:
 
 
 def _select_peers(options: Options) -> list[Peer]:
-    known = {peer.name: peer for peer in peer_table()}
-    for name in options.peers:
-        if name not in known:
-            raise ValueError(f"the server {name!r} is none of {', '.join(known)}")
     if options.peers:
-        return [known[name] for name in options.peers]
-    return [peer for peer in known.values() if peer.is_quick or not options.quick]
+        return named_peers(options.peers)
+    return [peer for peer in peer_table() if peer.is_quick or not options.quick]
 
 
 def _installed(peers: Sequence[Peer], places: Places, say: Callable[[str], None]) -> list[Peer]:
@@ -268,7 +264,3 @@ def _warn_if_busy(say: Callable[[str], None]) -> None:
     busy = os.getloadavg()[0]
     if busy > BUSY_LOAD:
         say(f"the load average is {busy:.1f}: something else runs here, and figures will be worse and will spread")
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -104,6 +104,15 @@ def default_peers_dir(environment: Mapping[str, str]) -> Path:
 def peer_table() -> tuple[Peer, ...]:
     """All that can be compared, ours first."""
     return (*_headwater(), *_vllm(), *_llama(), *_transformers())
+
+
+def named_peers(names: Sequence[str]) -> list[Peer]:
+    """The servers of these names, in their order. Raises ValueError."""
+    known = {peer.name: peer for peer in peer_table()}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"the server {name!r} is none of {', '.join(known)}")
+    return [known[name] for name in names]
 
 
 def version_in(text: str) -> str:

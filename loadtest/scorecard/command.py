@@ -15,7 +15,7 @@ import msgspec
 from app.core.errors import ConfigurationError
 from app.store import default_model, resolve
 from loadtest.compare.command import request_fields
-from loadtest.compare.peers import Peer, Places, default_peers_dir, peer_table
+from loadtest.compare.peers import Peer, Places, default_peers_dir, named_peers
 from loadtest.compare.results import this_machine
 from loadtest.compare.server import Server, ServerFailed, free_port
 from loadtest.scorecard import checks, stress
@@ -117,14 +117,11 @@ def _chosen(names: Sequence[str]) -> list[str]:
 
 
 def _check_peers(options: Options, chosen: Sequence[str], say: Callable[[str], None]) -> bool:
-    known = {peer.name: peer for peer in peer_table()}
-    for name in options.peers:
-        if name not in known:
-            raise ValueError(f"the server {name!r} is none of {', '.join(known)}")
+    peers = named_peers(options.peers)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server that was started must end with us
     model = resolve(default_model(), report=say)
     places = Places(peers=options.peers_dir, model=model.path, model_name=model.name)
-    return not [name for name in options.peers if not _check_peer(known[name], places, chosen, say)]
+    return not [peer for peer in peers if not _check_peer(peer, places, chosen, say)]
 
 
 def _check_peer(peer: Peer, places: Places, chosen: Sequence[str], say: Callable[[str], None]) -> bool:

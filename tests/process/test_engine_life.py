@@ -243,21 +243,6 @@ class LingeringProcess(EngineProcess):
             super().kill()
 
 
-async def test_an_accusation_stands_while_the_process_goes() -> None:
-    supervision = msgspec.structs.replace(IMPATIENT, load_seconds=0.3)
-    process = LingeringProcess.spawn(1, scripted(load_seconds=60.0))
-    life = EngineLife(process, supervision=supervision)
-    await life.begin()
-    await until(lambda: phase_of(process) is EnginePhase.LOADING)
-    os.kill(process.pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(EngineDeath, match="somebody had stopped it") as death:
-            await life.receive()
-        assert not death.value.is_self_inflicted
-    finally:
-        await life.end()
-
-
 class DumpingProcess(EngineProcess):
     """Has crashed, and takes so long to say so that it is taken for one that hangs."""
 
@@ -268,19 +253,28 @@ class DumpingProcess(EngineProcess):
             wait_for(lambda: self.returncode is not None)
 
 
-async def test_a_crash_that_looked_like_a_hang_is_a_crash() -> None:
-    supervision = msgspec.structs.replace(IMPATIENT, load_seconds=0.3)
-    process = DumpingProcess.spawn(1, scripted(load_seconds=60.0))
-    life = EngineLife(process, supervision=supervision)
+async def death_of_stopped(kind: type[EngineProcess], *, match: str) -> EngineDeath:
+    """What is said of an engine that is stopped while it loads, and accused for it."""
+    process = kind.spawn(1, scripted(load_seconds=60.0))
+    life = EngineLife(process, supervision=msgspec.structs.replace(IMPATIENT, load_seconds=0.3))
     await life.begin()
     await until(lambda: phase_of(process) is EnginePhase.LOADING)
     os.kill(process.pid, signal.SIGSTOP)
     try:
-        with pytest.raises(EngineDeath, match="SIGSEGV") as death:
+        with pytest.raises(EngineDeath, match=match) as death:
             await life.receive()
-        assert death.value.is_self_inflicted and not death.value.leaves_memory_true
+        return death.value
     finally:
         await life.end()
+
+
+async def test_an_accusation_stands_while_the_process_goes() -> None:
+    assert not (await death_of_stopped(LingeringProcess, match="somebody had stopped it")).is_self_inflicted
+
+
+async def test_a_crash_that_looked_like_a_hang_is_a_crash() -> None:
+    death = await death_of_stopped(DumpingProcess, match="SIGSEGV")
+    assert death.is_self_inflicted and not death.leaves_memory_true
 
 
 LOADS_NO_TORCH = """
