@@ -186,7 +186,9 @@ async def test_a_load_that_takes_too_long_is_given_up() -> None:
 @pytest.mark.parametrize("max_deaths", [1, 3])  # 3: one of both sequences, then one for each that is found guilty
 async def test_engines_that_die_without_a_token_spend_the_budget(max_deaths: int) -> None:
     supervision = msgspec.structs.replace(IMPATIENT, max_deaths=max_deaths)
-    async with running(scripted(crash_on_token=13, step_seconds=0.01), supervision=supervision) as client:
+    async with running(scripted(crash_on_token=13, load_seconds=0.2), supervision=supervision) as client:
+        hurt(client, signal.SIGKILL)  # both wait for the next engine: they come in one message, so into one step
+        await until(lambda: client.status.state is EngineState.RESTARTING)
         asked = [request(f"r{index}") for index in range(2)]
         results = await asyncio.gather(*(complete(client, each) for each in asked), return_exceptions=True)
         assert all(isinstance(result, EngineFailed) for result in results)
