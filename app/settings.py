@@ -7,7 +7,6 @@ with a sentence. Automatic values are `None` here and resolved where they are kn
 
 import os
 import re
-from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator
@@ -30,14 +29,6 @@ OFFLINE_MODEL = "rill-stories-3m"
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
-
-
-class Source(StrEnum):
-    """Where a setting's value came from."""
-
-    FLAG = "flag"
-    ENVIRONMENT = "environment"
-    DEFAULT = "default"
 
 
 class Settings(BaseSettings):
@@ -197,12 +188,6 @@ class Settings(BaseSettings):
             eos_token_ids=eos_token_ids,
             scripted=self.scripted,
         )
-
-    def source_of(self, field: str, flags: frozenset[str]) -> Source:
-        """Where the value of `field` came from, given the names of the fields set by flags."""
-        if field in flags:
-            return Source.FLAG
-        return Source.ENVIRONMENT if ENV_PREFIX + field.upper() in os.environ else Source.DEFAULT
 
 
 def split_address(value: str) -> tuple[str, int]:

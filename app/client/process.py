@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import msgspec
@@ -51,7 +50,6 @@ class EngineProcess:
         self.progress = progress
         self.memory = memory
         """What outlives this engine, for the next one. Not closed here."""
-        self.spawned_at = time.monotonic()
         self._popen = popen
 
     @classmethod

@@ -119,9 +119,10 @@ class EngineLoop:
         if request.is_on_probation:  # tried alone, as its steps will be
             self._progress.begin_step(self._last_step_id, num_tokens=0, request_keys=[request_key(request.request_id)])
             self._grammars.begin(request, wait=True)
-        # Said first: the thread that prepares it may take the interpreter's lock at once.
-        self._progress.set_phase(EnginePhase.PREPARING)
-        if not request.is_on_probation:
+            self._progress.set_phase(EnginePhase.PREPARING)
+        else:
+            # Said first: the thread that prepares it may take the interpreter's lock at once.
+            self._progress.set_phase(EnginePhase.PREPARING)
             self._grammars.begin(request)
 
     def _note_preparing(self, request_id: str | None) -> None:

@@ -42,6 +42,13 @@ def started(log: Path, *arguments: str, **variables: str) -> Iterator[subprocess
         process.wait()
 
 
+def headwater(*arguments: str) -> str:
+    """Standard output of a command, which must succeed."""
+    done = subprocess.run([sys.executable, "-m", "app.cli", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def free_port() -> int:
     """A port that was free a moment ago."""
     with socket.create_server(("127.0.0.1", 0)) as free:

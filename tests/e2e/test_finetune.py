@@ -1,7 +1,5 @@
 """A model is taught four tasks and served: classification by choice, summarising, rewriting, chat."""
 
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from itertools import product
 
@@ -10,7 +8,7 @@ import pytest
 
 from app.settings import OFFLINE_MODEL
 from app.training.tokenizer import CHAT_TEMPLATE
-from tests.e2e.serving import free_port, started, wait_ready
+from tests.e2e.serving import free_port, headwater, started, wait_ready
 from tests.tuning_texts import (
     OBJECTS,
     SUBJECTS,
@@ -51,12 +49,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         address = f"http://127.0.0.1:{port}"
         wait_ready(process, address, log)
         yield address
-
-
-def headwater(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "app.cli", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def ask(url: str, route: str, body: Mapping[str, object]) -> dict[str, object]:

@@ -1,8 +1,6 @@
 """From a megabyte of text to a streamed completion by three commands; what is served equals what was trained."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
@@ -24,7 +22,7 @@ from app.training.model import packed_logits
 from app.training.packing import Rows
 from app.training.shards import open_shards
 from app.training.tuning.publish import open_base
-from tests.e2e.serving import free_port, started, wait_ready
+from tests.e2e.serving import free_port, headwater, started, wait_ready
 from tests.training_texts import write_recipe, write_stories
 
 NUM_DOCUMENTS = 1700
@@ -53,12 +51,6 @@ def url(root: Path) -> Iterator[str]:
         address = f"http://127.0.0.1:{port}"
         wait_ready(process, address, log)
         yield address
-
-
-def headwater(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "app.cli", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_the_model_made_streams_a_completion_of_its_own_domain(url: str) -> None:

@@ -4,7 +4,6 @@ Weights come from safetensors alone, nothing is unpickled, no code of the folder
 the network.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,14 +114,6 @@ def _read_weights(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) ->
         raise ConfigurationError(f"the weights in {folder} do not load: {_first_line(error)}") from error
     model.requires_grad_(False)
     return model
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    return content
 
 
 def _first_line(error: Exception) -> str:
