@@ -418,6 +418,7 @@ class LocalEngineClient:
 
     def _give_up(self, reason: str) -> None:
         self._state = EngineState.FAILED
+        self._awaits_ready = False
         self._detail = reason
         self._fail_all(f"the engine failed and cannot be replaced: {reason}")
         logger.error("no engine will be started any more", extra={"facts": {"reason": reason}})

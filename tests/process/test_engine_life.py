@@ -199,6 +199,23 @@ async def test_engines_that_die_without_a_token_spend_the_budget(max_deaths: int
         assert refused.value.retry_after is None
 
 
+async def test_a_supervisor_that_failed_takes_no_requests() -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("injected")
+
+    client = LocalEngineClient(scripted(), supervision=IMPATIENT, on_step=fail)
+    await client.start()
+    try:
+        await client.wait_ready(WAIT_SECONDS)
+        with pytest.raises(EngineFailed, match="injected"):
+            await complete(client, request("a"))
+        assert client.status.state is EngineState.FAILED and not client.status.takes_requests
+        with pytest.raises(EngineUnavailable):
+            await complete(client, request("late"))
+    finally:
+        await client.stop()
+
+
 @pytest.mark.parametrize("how", ["gap", "repeat", "future", "ready_twice", "garbage", "half", "closes", "deaf"])
 async def test_an_engine_that_breaks_the_protocol_is_replaced(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADWATER_FAKE", how)
