@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from app.text.tools import MAX_OPENING, CallForm, ToolParser, call_frame
+from app.text.call_reader import MAX_OPENING
+from app.text.tools import CallForm, ToolParser, call_frame
 
 NAMES = ("get_weather", "f", "天气")
 PARIS = '{"city": "Paris", "days": [1, {"x": "}\\"<tool_call>"}]}'
