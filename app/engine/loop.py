@@ -39,6 +39,9 @@ class EngineLoop:
         self._last_step_id = 0
         self._told: SchedulerCounts | None = None
         """The counts that the API process heard last."""
+        self._held: dict[str, EngineRequest] = {}
+        """Those whose grammars wait for the trials of others, so that a compiler's crash is not a suspect's, nor a
+        suspect's crash theirs."""
         self._row_keys: dict[int, int] = {}
         """Key of the request in each row, for the progress page."""
 
@@ -52,6 +55,7 @@ class EngineLoop:
         wait = 0.0
         while True:
             ended = self._take_messages(wait)
+            self._begin_held()
             ended += self._take_prepared()
             plan = self._scheduler.schedule(time.monotonic())
             if plan is not None:
@@ -107,6 +111,8 @@ class EngineLoop:
                 case Abort(request_ids):
                     self._scheduler.abort(request_ids)
                     self._grammars.forget(request_ids)
+                    for request_id in request_ids:
+                        self._held.pop(request_id, None)
                 case Start():
                     raise FrameError("a second start message")
                 case _:
@@ -120,10 +126,18 @@ class EngineLoop:
             self._progress.begin_step(self._last_step_id, num_tokens=0, request_keys=[request_key(request.request_id)])
             self._grammars.begin(request, wait=True)
             self._progress.set_phase(EnginePhase.PREPARING)
+        elif self._scheduler.has_suspects:
+            self._held[request.request_id] = request
         else:
             # Said first: the thread that prepares it may take the interpreter's lock at once.
             self._progress.set_phase(EnginePhase.PREPARING)
             self._grammars.begin(request)
+
+    def _begin_held(self) -> None:
+        if self._held and not self._scheduler.has_suspects:
+            held, self._held = self._held, {}
+            for request in held.values():
+                self._begin_grammar(request)
 
     def _note_preparing(self, request_id: str | None) -> None:
         """Called in the thread that prepares grammars."""

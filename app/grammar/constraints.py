@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 PREPARATION_SECONDS = 30.0
-"""With no grammar prepared for so long, those in preparation end: far longer than its limits let a compilation take."""
+"""With no grammar prepared for so long, the one in preparation ends: far longer than its limits let one take."""
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -99,9 +99,9 @@ class Constraints:
         if not self.is_preparing:
             self._prepared_at = time.monotonic()
         sequence = self._sequences[request.request_id] = _Sequence(request)
-        sequence.job = self._preparer.submit(request, lambda outcome: self._finish(sequence, outcome))
+        job = self._submit(sequence)
         if wait:
-            sequence.job.result()
+            job.result()
 
     def take_prepared(self) -> list[Prepared]:
         """Those that became ready, or failed, since the last call; the failed ones are forgotten."""
@@ -110,8 +110,8 @@ class Constraints:
             self._prepared_at = time.monotonic()
             sequence, outcome = self._prepared.popleft()
             request_id = sequence.request.request_id
-            if self._sequences.get(request_id) is not sequence:
-                continue  # aborted meanwhile
+            if self._sequences.get(request_id) is not sequence or sequence.state is not None:
+                continue  # aborted meanwhile, or prepared by two threads
             if isinstance(outcome, str):
                 del self._sequences[request_id]
                 ready.append(Prepared(request_id, outcome))
@@ -159,16 +159,26 @@ class Constraints:
         return msgspec.structs.replace(result, rows=tuple(rows))
 
     def _take_overdue(self) -> list[Prepared]:
-        """Give up what is in preparation where nothing comes of it; the thread that hangs keeps nobody else."""
-        if not self._sequences or time.monotonic() - self._prepared_at < self._preparation_seconds:
+        """Give up the one in preparation where nothing comes of it; those behind it begin anew in another thread."""
+        now = time.monotonic()
+        if not self.is_preparing or now - self._prepared_at < self._preparation_seconds:
             return []
-        overdue = [request_id for request_id, sequence in self._sequences.items() if sequence.state is None]
-        if overdue:
-            self._preparer.abandon()
-            self._preparer = self._new_preparer()
-            self.forget(overdue)
+        at_work = self._preparer.at_work
+        if at_work is None or self._prepared:  # looked at in this order: what it is at is not what it was at
+            return []
+        self._preparer.abandon()
+        self._preparer, self._prepared_at = self._new_preparer(), now
+        overdue = [one.request.request_id for one in self._sequences.values() if one.request is at_work]
+        self.forget(overdue)
+        for sequence in self._sequences.values():
+            if sequence.state is None:
+                self._submit(sequence)
         error = f"the grammar could not be prepared within {self._preparation_seconds:g} s: send a simpler one"
         return [Prepared(request_id, error) for request_id in overdue]
+
+    def _submit(self, sequence: _Sequence) -> "Future[None]":
+        sequence.job = self._preparer.submit(sequence.request, lambda outcome: self._finish(sequence, outcome))
+        return sequence.job
 
     def _finish(self, sequence: _Sequence, outcome: "MatchState | str") -> None:
         """Called in the preparing thread."""
@@ -207,6 +217,8 @@ class _Preparer:
         self._eos_token_ids = tuple(eos_token_ids)
         self._note = note
         self._is_abandoned = False
+        self.at_work: EngineRequest | None = None
+        """Whose grammar it prepares; also one whose sequence was forgotten."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile-grammar")
         self._matchers: Matchers | None = None
 
@@ -221,6 +233,9 @@ class _Preparer:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, request: EngineRequest, tell: "Callable[[MatchState | str], None]") -> None:
+        if self._is_abandoned:
+            return
+        self.at_work = request
         self._note(request.request_id)
         try:
             outcome: MatchState | str = self._load().prepare(request)
@@ -231,6 +246,7 @@ class _Preparer:
         if not self._is_abandoned:  # another thread prepares now, and notes that
             self._note(None)
         tell(outcome)
+        self.at_work = None
 
     def _load(self) -> "Matchers":
         if self._matchers is None:

@@ -94,6 +94,11 @@ class Scheduler:
         """Whether any sequence is live."""
         return bool(self._sequences)
 
+    @property
+    def has_suspects(self) -> bool:
+        """Whether any live sequence is on probation."""
+        return any(sequence.is_on_probation for sequence in self._sequences.values())
+
     def counts(self) -> SchedulerCounts:
         """Where things stand now."""
         return SchedulerCounts(

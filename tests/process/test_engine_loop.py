@@ -1,19 +1,24 @@
 """The engine at its socket, without a client: Ready, numbering, backlog, requests that cannot run."""
 
+import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
+import pytest
 
 from app.client.process import EngineProcess
 from app.core.config import EngineConfig
 from app.core.types import EngineOutput, EngineRequest, FinishReason
+from app.grammar import source
 from app.ipc.messages import Abort, Add, FromEngine, Ready, StepOutputs, ToEngine
-from app.ipc.progress import EnginePhase
+from app.ipc.progress import EnginePhase, Progress, request_key
 from app.ipc.transport import FrameBuffer, encode_frame
 from tests.process.engines import WAIT_SECONDS, request, scripted
+from tests.text_tokenizers import byte_level
 
 
 class Peer:
@@ -49,15 +54,16 @@ class Peer:
                 num_finishes -= output.finish_reason is not None
         return found
 
-    def phase(self) -> EnginePhase | None:
-        progress = self.process.progress.read()
-        return None if progress is None else progress.phase
-
-    def wait_for_phase(self, phase: EnginePhase) -> None:
+    def wait_for(self, condition: Callable[[Progress], bool]) -> Progress:
+        """The first page seen that meets it."""
         deadline = time.monotonic() + WAIT_SECONDS
-        while self.phase() is not phase:
+        while (progress := self.process.progress.read()) is None or not condition(progress):
             assert time.monotonic() < deadline
             time.sleep(0.005)
+        return progress
+
+    def wait_for_phase(self, phase: EnginePhase) -> None:
+        self.wait_for(lambda progress: progress.phase is phase)
 
     def _read(self) -> Iterator[FromEngine]:
         decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
@@ -133,3 +139,54 @@ def test_an_api_process_that_does_not_read_makes_the_engine_wait_not_grow() -> N
         assert sum(len(output.token_ids) for output in found["r0"]) == 1000
         assert sum(len(output.token_ids) for output in found["r1"]) < 1000
         api.wait_for_phase(EnginePhase.IDLE)
+
+
+NUM_TRIAL_STEPS = 5
+"""Of a suspect with five blocks of prompt: so many lone steps to its first token."""
+
+
+def suspect_and_constrained(folder: Path) -> tuple[EngineConfig, EngineRequest, EngineRequest]:
+    """The vocabulary is a FIFO: whoever prepares a grammar is seen waiting for it."""
+    os.mkfifo(folder / "tokenizer.json")
+    config = scripted(
+        vocab_size=byte_level().vocab_size,
+        step_seconds=0.05,
+        max_num_batched_tokens=16,
+        block_size=16,
+        max_model_len=512,
+    )
+    config = msgspec.structs.replace(config, model_dir=str(folder))
+    suspect = request("suspect", prompt=tuple(range(80)), max_tokens=3)
+    plain = request("constrained", max_tokens=20)
+    params = msgspec.structs.replace(plain.params, grammar=source.regex("[a-c]{5}"))
+    return (
+        config,
+        msgspec.structs.replace(suspect, is_on_probation=True),
+        msgspec.structs.replace(plain, params=params),
+    )
+
+
+def test_no_grammar_is_prepared_beside_a_trial(tmp_path: Path) -> None:
+    config, suspect, constrained = suspect_and_constrained(tmp_path)
+    with peer(config) as api:
+        api.receive()
+        api.send(Add((suspect, constrained)))
+        page = api.wait_for(lambda progress: progress.preparing_key is not None)
+        assert page.preparing_key == request_key("constrained") and page.step_id >= NUM_TRIAL_STEPS
+        (tmp_path / "tokenizer.json").write_bytes(byte_level()._library.to_str().encode())
+        found = api.collect(2)
+    assert len(found["suspect"][-1].token_ids) > 0
+    assert byte_level().decode([i for output in found["constrained"] for i in output.token_ids]) == "aaaaa"
+
+
+def test_one_that_waits_for_a_trial_and_is_aborted_is_never_prepared(tmp_path: Path) -> None:
+    config, suspect, constrained = suspect_and_constrained(tmp_path)
+    with peer(config) as api:
+        api.receive()
+        api.send(Add((suspect, constrained)))
+        api.send(Abort((constrained.request_id,)))
+        api.collect(1)
+        page = api.wait_for(lambda progress: progress.phase is EnginePhase.IDLE)
+        assert page.preparing_key is None
+        with pytest.raises(OSError, match="No such device"):  # nobody reads it
+            os.open(tmp_path / "tokenizer.json", os.O_WRONLY | os.O_NONBLOCK)

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -219,22 +220,52 @@ def test_a_matcher_that_panics_ends_its_row_and_no_other(bench: Bench, where: st
     assert other == RowResult(1, (A,))
 
 
-def test_a_preparation_without_end_ends_its_sequence_and_hinders_no_later_one(tmp_path: Path) -> None:
-    held, path = tmp_path / "held", tmp_path / "tokenizer.json"
-    os.mkfifo(path)  # who reads the vocabulary waits for somebody to write it
+def hold_reader(path: Path) -> int:
+    """A descriptor that keeps whoever reads this FIFO waiting; returns once somebody does."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.005)
+    raise AssertionError("nobody reads the vocabulary")
+
+
+def test_a_preparation_without_end_ends_its_sequence_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    os.mkfifo(path)
     bench = Bench(tmp_path, preparation_seconds=0.2)
     bench.begin("a")
     bench.begin("queued")
+    held = hold_reader(path)
     try:
-        is_preparing = bench.grammars.is_preparing
-        assert is_preparing
+        path.unlink()
+        byte_level()._library.save(str(path))
         while not (ended := bench.grammars.take_prepared()):
             time.sleep(0.005)
-        assert [each.request_id for each in ended] == ["a", "queued"]
-        assert all("0.2 s" in str(each.error) for each in ended)
-        assert not bench.grammars.is_preparing
-        path.rename(held)
-        byte_level()._library.save(str(path))
+        assert [each.request_id for each in ended] == ["a"] and "0.2 s" in str(ended[0].error)
+        assert bench.grammars.is_preparing and bench.prepared() == [Prepared("queued", None)]
         bench.ready("b")
     finally:
-        (held if held.exists() else path).write_text("")  # let the thread go
+        os.close(held)  # let the thread go
+    assert bench._woken.acquire(timeout=30), "the thread tells, and nobody minds"
+    assert bench.grammars.take_prepared() == [] and not bench.grammars.is_preparing
+
+
+def test_a_preparation_without_end_that_nobody_waits_for_any_more_hinders_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    os.mkfifo(path)
+    bench = Bench(tmp_path, preparation_seconds=0.2)
+    bench.begin("gone")
+    bench.begin("queued")
+    held = hold_reader(path)
+    try:
+        path.unlink()
+        byte_level()._library.save(str(path))
+        bench.grammars.forget(["gone"])
+        found: list[Prepared] = []
+        while not found:
+            found = bench.grammars.take_prepared()
+            time.sleep(0.005)
+        assert found == [Prepared("queued", None)]
+    finally:
+        os.close(held)

@@ -37,7 +37,9 @@ def test_trials_are_alone_one_at_a_time_and_the_others_take_turns_with_them() ->
     driver.add(make_request("free", [1, 2], max_tokens=30))
     driver.add(on_probation(make_request("tried-1", range(10, 30), max_tokens=30)))
     driver.add(on_probation(make_request("tried-2", [3, 4], max_tokens=30)))
+    suspected = driver.scheduler.has_suspects
     steps = [names(driver, driver.step()) for _ in range(7)]
+    assert suspected and not driver.scheduler.has_suspects
     assert steps[:5] == [["tried-1"], ["free"], ["tried-1"], ["tried-1", "free"], ["tried-2"]]
     assert sorted(steps[5]) == ["free", "tried-1", "tried-2"] == sorted(steps[6])
     driver.run_until_idle()
