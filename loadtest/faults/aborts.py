@@ -54,7 +54,7 @@ async def _abort(port: int, rng: random.Random) -> str:
     body = {"prompt": prompt, "max_tokens": 400, "stream": True, "ignore_eos": True, "temperature": 1}
     content = json.dumps(body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(content)}\r\n"
     writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + content)
     data = b""
     try:

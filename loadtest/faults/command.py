@@ -26,6 +26,7 @@ from loadtest.faults.portable import chats, completions, run_portable
 from loadtest.faults.price import run_price
 from loadtest.faults.report import AIMED_TRIALS, PAGE, render
 from loadtest.faults.server import default_flags, default_settings, scripted_flags, scripted_settings
+from loadtest.faults.soak import run_soak
 from loadtest.faults.streams import scripted_bodies, text_bodies
 from loadtest.faulty_engine import Kind, Phase
 
@@ -216,6 +217,11 @@ async def _price(ledger: Ledger, seconds: float, seed: int) -> None:
     await run_price(ledger, seconds=seconds)
 
 
+async def _soak(ledger: Ledger, seconds: float, seed: int) -> None:
+    bodies = text_bodies(18, max_tokens=64)
+    await run_soak(ledger, flags=default_flags(), bodies=bodies, cell=MODEL_CELL, seconds=seconds, seed=seed)
+
+
 ITEMS: dict[str, tuple[Callable[[Ledger, float, int], Coroutine[None, None, None]], float]] = {
     "kills": (_kills, 3.0),
     "model-kills": (_model_kills, 5.0),
@@ -232,5 +238,6 @@ ITEMS: dict[str, tuple[Callable[[Ledger, float, int], Coroutine[None, None, None
     "slow": (_slow, 1.0),
     "attacks": (_attacks, 1.0),
     "price": (_price, 0.5),
+    "soak": (_soak, 2.0),
 }
 """What there is to run, and its share of the time."""

@@ -82,10 +82,16 @@ class Replica:
             self._process.terminate()
 
     @property
+    def pid(self) -> int:
+        """Of its API process. Raises RuntimeError where it does not run."""
+        if self._process is None:
+            raise RuntimeError(f"the server on port {self.port} does not run: start it first")
+        return self._process.pid
+
+    @property
     def peak_mib(self) -> float:
         """The most resident memory that its API process ever had, in MiB."""
-        pid = 0 if self._process is None else self._process.pid
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
 
     @property

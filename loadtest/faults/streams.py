@@ -124,8 +124,9 @@ async def run_stream(port: int, stream: Stream) -> Stream:
         return stream
     try:
         content = json.dumps(stream.body).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(content)}\r\n"
-        writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + content)
+        head = "POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        head += f"connection: close\r\ncontent-length: {len(content)}\r\n\r\n"
+        writer.write(head.encode() + content)
         await _read(reader, stream)
     except (OSError, asyncio.IncompleteReadError) as error:
         stream.broken = f"{type(error).__name__}: {error}"

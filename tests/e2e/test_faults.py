@@ -16,6 +16,7 @@ from loadtest.faults.matrix import PHASES, cells, run_matrix
 from loadtest.faults.poison import run_poison
 from loadtest.faults.report import bound, render
 from loadtest.faults.server import scripted_flags, scripted_settings
+from loadtest.faults.soak import run_soak
 from loadtest.faults.streams import scripted_bodies
 from loadtest.faulty_engine import Kind, Phase
 from tests.store_models import default_model_folder
@@ -83,6 +84,18 @@ async def test_canaries_under_kills(tmp_path: Path) -> None:
     await run_canaries(ledger, num_requests=400, seconds=20, seed=1, requests_per_kill=150)
     assert outcomes(ledger)[Outcome.SURVIVED] >= 400
     assert ledger.added[0].figures["kills"] >= 1
+
+
+@pytest.mark.slow
+async def test_soak_in_short(ledger: Ledger) -> None:
+    bodies = scripted_bodies(9, max_tokens=40)
+    flags = scripted_flags(step_seconds=0.005)
+    await run_soak(
+        ledger, flags=flags, bodies=bodies, cell="scripted", seconds=12.0, seed=1, kill_seconds=2.0, think_seconds=0.1
+    )
+    assert outcomes(ledger)[Outcome.SURVIVED] == 2
+    under_kills, undisturbed = ledger.added
+    assert under_kills.figures["kills"] and undisturbed.figures["equal"] and undisturbed.figures["engine_mib"]
 
 
 async def test_crowds_in_short(ledger: Ledger) -> None:
