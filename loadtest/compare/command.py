@@ -8,7 +8,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,12 +16,14 @@ import msgspec
 from app.core.errors import ConfigurationError
 from app.store import ModelFolder, default_model, resolve
 from loadtest.compare.client_check import BENCH_CLIENT, check
+from loadtest.compare.curve import run_curves
 from loadtest.compare.measure import Label, Measurement, measure
 from loadtest.compare.peers import Peer, Places, default_peers_dir, named_peers, peer_table
 from loadtest.compare.probe import probe
 from loadtest.compare.report import write_report
 from loadtest.compare.results import Results, is_done, this_machine
-from loadtest.compare.server import Server, ServerFailed, free_port
+from loadtest.compare.server import Server, ServerFailed
+from loadtest.compare.session import session, with_peer
 from loadtest.compare.weights import prepare_ggufs
 from loadtest.compare.workloads import WORKLOADS, Workload, run_config, select
 from loadtest.run import RunConfig
@@ -43,6 +45,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     quick: bool
     report: bool
     check_client: bool
+    curve: bool
     list_peers: bool
     peers_dir: Path
     output: Path | None
@@ -64,6 +67,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--quick", action="store_true", help="half the requests, fewer servers, fewer rounds")
     add("--report", action="store_true", help="measure nothing: write the tables from what was measured")
     add("--check-client", action="store_true", help="instead: put vllm bench serve beside our client, on Headwater")
+    add(
+        "--curve",
+        action="store_true",
+        help="instead: Poisson arrivals at rising rates, and what each server makes good",
+    )
     add("--list-peers", action="store_true", help="say which servers are installed, and how to install the others")
     add("--peers-dir", type=Path, default=default_peers_dir(os.environ), help="where they are installed")
     add("--output", type=Path, help=f"results folder; default: {RESULTS}/compare-MACHINE")
@@ -95,6 +103,9 @@ def run(options: Options, say: Callable[[str], None]) -> int:
         if options.check_client:
             _check_client(results, places, select(options.workloads or CHECKED_LOADS), say)
             is_whole = True
+        elif options.curve:
+            _prepare(peers, model, places, say)
+            is_whole = run_curves(results, places, peers, is_quick=options.quick, say=say)
         else:
             _prepare(peers, model, places, say)
             comparison = Comparison(results, places, workloads, is_quick=options.quick, say=say)
@@ -139,13 +150,8 @@ class Comparison:
         todo = self._missing(peer, version, round_index)
         if not todo:
             return True
-        port = free_port()
-        command, environment = self._places.command(peer, port=port), self._places.environment(peer)
-        fields = request_fields(peer, self._places)
-        log = self._places.peers / "logs" / f"{peer.name}.log"
         try:
-            with Server(command, environment=environment, port=port, log=log) as server:
-                ready_s = server.wait_ready(fields, timeout_s=peer.ready_timeout_s)
+            with session(peer, self._places) as (server, ready_s):
                 self._say(f"round {round_index + 1}, {peer.name} {version}: ready after {ready_s:.1f} s")
                 for workload in todo:
                     self._measure(peer, version, workload, round_index, server=server, ready_s=ready_s)
@@ -190,25 +196,6 @@ def rotated(peers: Sequence[Peer], round_index: int) -> list[Peer]:
     return [*peers[start:], *peers[:start]]
 
 
-def with_peer(config: RunConfig, peer: Peer, places: Places) -> RunConfig:
-    """The same run in the words that this server takes."""
-    fields = dict(request_fields(peer, places))
-    model = fields.pop("model", None)
-    return msgspec.structs.replace(
-        config,
-        model=None if model is None else str(model),
-        ignore_eos=peer.ignores_eos,
-        keep_alive=peer.keeps_connections,
-        extra_body=fields,
-    )
-
-
-def request_fields(peer: Peer, places: Places) -> Mapping[str, object]:
-    """The fields that every request to this server carries."""
-    model = {} if peer.model is None else {"model": places.fill(peer.model)}
-    return model | dict(peer.extra_body)
-
-
 def line(measurement: Measurement) -> str:
     """One attempt for the terminal."""
     m = measurement
@@ -243,12 +230,11 @@ def _prepare(peers: Sequence[Peer], model: ModelFolder, places: Places, say: Cal
 
 
 def _check_client(results: Results, places: Places, workloads: Sequence[Workload], say: Callable[[str], None]) -> None:
-    peer, port = next(peer for peer in peer_table() if peer.is_ours), free_port()
-    tool, log = places.fill(BENCH_CLIENT), places.peers / "logs" / f"{peer.name}.log"
+    peer = next(peer for peer in peer_table() if peer.is_ours)
+    tool = places.fill(BENCH_CLIENT)
     if not Path(tool).exists():
         raise ValueError(f"there is no {tool}, the other client; see {PAGE}")
-    with Server(places.command(peer, port=port), environment={}, port=port, log=log) as server:
-        server.wait_ready({}, timeout_s=peer.ready_timeout_s)
+    with session(peer, places) as (server, _):
         turns = check(
             workloads,
             url=server.url,

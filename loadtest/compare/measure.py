@@ -6,7 +6,8 @@ times; every attempt is kept, and `settle` says which one counts.
 
 import asyncio
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 import uvloop
@@ -18,7 +19,7 @@ from loadtest.run import RunConfig, RunResult, run_load
 from loadtest.summary import Distribution
 
 MAX_ATTEMPTS = 3
-_NO_TARGETS: dict[str, float] = {}
+_NO_TARGETS: Mapping[str, float] = MappingProxyType({})
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,10 +115,10 @@ def settle(attempts: Sequence[Measurement]) -> Measurement:
     return min(attempts, key=lambda attempt: attempt.moved)
 
 
-def load(config: RunConfig) -> RunResult:
-    """Run once on an event loop of its own."""
+def load(config: RunConfig, targets: Mapping[str, float] = _NO_TARGETS) -> RunResult:
+    """Run once on an event loop of its own; `targets` are those of goodput, in milliseconds."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(run_load(config, targets=_NO_TARGETS, api_key=None, progress=_ignore))
+        return runner.run(run_load(config, targets=targets, api_key=None, progress=_ignore))
 
 
 def num_short(records: Sequence[RequestRecord], output_len: int) -> int:

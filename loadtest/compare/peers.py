@@ -147,6 +147,16 @@ def _headwater() -> tuple[Peer, ...]:
         peer(
             "headwater-int4", "Headwater native", "int4", "--tier", "native", "--quantization", "int4", is_quick=False
         ),
+        peer(
+            "headwater-bf16-50ms",
+            "Headwater native, --target-itl 50",
+            "bf16",
+            "--tier",
+            "native",
+            "--target-itl",
+            "50",
+            is_quick=False,
+        ),
         peer("headwater-any", "Headwater any tier", "bf16", "--tier", "any", is_quick=False),
     )
 

@@ -6,11 +6,16 @@ from pathlib import Path
 import msgspec
 
 from loadtest.compare.client_check import check_table
+from loadtest.compare.curve import curve_table
 from loadtest.compare.peers import Peer
 from loadtest.compare.plot import draw
 from loadtest.compare.results import Results, counting
 from loadtest.compare.table import cells, markdown
 
+CURVE = """\
+Poisson arrivals of 128 / 64 tokens at rising rates: the share of requests whose first token came within a second of
+its scheduled time and whose further tokens took at most 100 ms each in the mean. A server that made less than half good
+was asked no higher rate. A p99 is told of 500 requests or more."""
 BEGIN = "<!-- compare: begin -->"
 END = "<!-- compare: end -->"
 
@@ -28,6 +33,8 @@ def write_report(results: Results, peers: Sequence[Peer], *, page: Path | None) 
     title = "unknown" if machine is None else machine.title
     counted = counting(results.measurements())
     text, made = markdown(counted, peers, title), cells(counted)
+    if points := results.points():
+        text += f"\n### What is made good of what arrives\n\n{CURVE}\n\n{curve_table(points, peers)}\n"
     if turns := results.turns():
         text += f"\n### Our client beside vllm bench serve\n\n{check_table(turns)}\n"
     results.folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The folder of a comparison: measurements.jsonl (every attempt, one line each) and machine.json.
+"""The folder of a comparison: measurements.jsonl (every attempt, one line each), curve.jsonl and machine.json.
 
 Lines are appended and never rewritten. An interrupted comparison goes on where it stopped: what the file
 holds is not measured again. A line that a crash cut short is dropped when it is read.
@@ -8,12 +8,15 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from loadtest.compare.measure import Label, Measurement, needs_another, settle
 
+Line = TypeVar("Line", bound=msgspec.Struct)
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "bf16", "i8mm")
 
 
@@ -48,34 +51,59 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     their_tpot_ms: float
 
 
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """One server under Poisson arrivals of one rate. Latencies in milliseconds, from the scheduled time."""
+
+    peer: str
+    version: str
+    rate: float
+    """Requests a second that were offered."""
+    num_requests: int
+    num_completed: int
+    goodput: float
+    """Requests a second with a first token within a second and at most 100 ms a token after it."""
+    goodput_share: float
+    """Of the requests offered."""
+    strict_share: float
+    """The same with 50 ms a token."""
+    tokens_per_s: float
+    ttft_p50_ms: float | None
+    ttft_p90_ms: float | None
+    ttft_p99_ms: float | None
+    tpot_p50_ms: float | None
+    tpot_p99_ms: float | None
+    itl_p99_ms: float | None
+    lag_p99_ms: float | None
+    """Of our client behind its own schedule."""
+    moved: float
+    """By which part the machine's peaks differ before and after."""
+    finished: str
+    """UTC, ISO 8601."""
+
+
 class Results:
     """One folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._path = folder / "measurements.jsonl"
+        self._measurements = folder / "measurements.jsonl"
+        self._points = folder / "curve.jsonl"
 
     def measurements(self) -> list[Measurement]:
         """All attempts, in the order in which they were made."""
-        if not self._path.exists():
-            return []
-        found = []
-        for line in self._path.read_bytes().split(b"\n"):
-            try:
-                found.append(msgspec.json.decode(line, type=Measurement))
-            except msgspec.DecodeError:
-                continue
-        return found
+        return _read_lines(self._measurements, Measurement)
 
     def keep(self, measurement: Measurement) -> None:
         """Append one attempt, on the disk when this returns."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # A line that a crash cut short must not swallow this one.
-        is_cut = self._path.exists() and self._path.read_bytes()[-1:] not in (b"\n", b"")
-        with self._path.open("ab") as file:
-            file.write(b"\n" * is_cut + msgspec.json.encode(measurement) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _append_line(self._measurements, measurement)
+
+    def points(self) -> list[Point]:
+        """Of all curves, in the order in which they were measured."""
+        return _read_lines(self._points, Point)
+
+    def keep_point(self, point: Point) -> None:
+        """Append one, on the disk when this returns."""
+        _append_line(self._points, point)
 
     def keep_machine(self, machine: Machine) -> None:
         """Write machine.json. Raises ValueError where the folder holds another machine's figures."""
@@ -100,6 +128,25 @@ class Results:
         """What machine.json says."""
         path = self.folder / "machine.json"
         return msgspec.json.decode(path.read_bytes(), type=Machine) if path.exists() else None
+
+
+def _read_lines(path: Path, kind: type[Line]) -> list[Line]:
+    """What each line holds; one that was cut short holds nothing."""
+    found = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with suppress(msgspec.DecodeError):
+            found.append(msgspec.json.decode(line, type=kind))
+    return found
+
+
+def _append_line(path: Path, value: msgspec.Struct) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A line that a crash cut short must not swallow this one.
+    is_cut = path.exists() and path.read_bytes()[-1:] not in (b"\n", b"")
+    with path.open("ab") as file:
+        file.write(b"\n" * is_cut + msgspec.json.encode(value) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def is_done(label: Label, measurements: Iterable[Measurement]) -> bool:

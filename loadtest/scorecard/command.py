@@ -14,10 +14,10 @@ import msgspec
 
 from app.core.errors import ConfigurationError
 from app.store import default_model, resolve
-from loadtest.compare.command import request_fields
 from loadtest.compare.peers import Peer, Places, default_peers_dir, named_peers
 from loadtest.compare.results import this_machine
 from loadtest.compare.server import Server, ServerFailed, free_port
+from loadtest.compare.session import request_fields
 from loadtest.scorecard import checks, stress
 from loadtest.scorecard.checks import Check
 from loadtest.scorecard.finding import Finding, Verdict

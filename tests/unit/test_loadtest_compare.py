@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from loadtest.compare import command
+from loadtest.compare import command, session
 from loadtest.compare.client_check import agrees, check_table
 from loadtest.compare.measure import MAX_ATTEMPTS, Label, Measurement, measure, needs_another, num_short, settle
 from loadtest.compare.peers import Peer, Places, default_peers_dir, peer_table, shown_command, version_in
@@ -242,14 +242,14 @@ def test_the_peers_are_well_formed() -> None:
         shown = shown_command(peer)
         assert "/" not in shown.replace("bin/", "")
         assert "{" not in shown
-        msgspec.json.encode(command.request_fields(peer, places))
+        msgspec.json.encode(session.request_fields(peer, places))
 
 
 def test_a_peer_that_is_not_installed_is_skipped_with_a_line(tmp_path: Path) -> None:
     said: list[str] = []
     places = Places(peers=tmp_path, model=tmp_path, model_name="name")
     found = command._installed(peer_table(), places, said.append)
-    assert {peer.name for peer in found} == {"headwater-bf16", "headwater-int8", "headwater-int4", "headwater-any"}
+    assert {peer.name for peer in found} == {peer.name for peer in peer_table() if peer.is_ours}
     assert any(text.startswith("llama-bf16: skipped, no ") and "docs/benchmarks.md" in text for text in said)
 
 
@@ -269,11 +269,11 @@ def test_requests_speak_the_servers_own_words() -> None:
     places = Places(peers=Path("/p"), model=Path("/m"), model_name="name")
     transformers = next(peer for peer in peer_table() if peer.name == "transformers")
     plain = run_config(WORKLOADS[0], url="http://x", is_quick=True, round_index=0, attempt=0)
-    config = command.with_peer(plain, transformers, places)
+    config = session.with_peer(plain, transformers, places)
     assert config.model == "/m"
     assert not config.ignore_eos
     assert set(config.extra_body) == {"generation_config"}
-    assert command.with_peer(plain, peer_table()[0], places) == plain
+    assert session.with_peer(plain, peer_table()[0], places) == plain
 
 
 def test_the_clients_agree_or_the_table_says_so(tmp_path: Path) -> None:
