@@ -70,10 +70,13 @@ def write_tuning_recipe(root: Path, *, name: str = "tune", **changes: object) ->
         "learning_rate": 3e-3,
         "depth_decay": 1.0,
         "patience": 3,
+        "evaluate_every": 0,
+        "checkpoint_every": 100,
         "merge": "true",
         "save_dtype": '"float32"',
     }
     values |= changes
+    values["evaluate_every"] = f"evaluate_every = {values['evaluate_every']}" if values["evaluate_every"] else ""
     path = root / f"{name}.toml"
     path.write_text(
         dedent(
@@ -93,12 +96,14 @@ def write_tuning_recipe(root: Path, *, name: str = "tune", **changes: object) ->
             learning_rate = {{learning_rate}}
             depth_decay = {{depth_decay}}
             patience = {{patience}}
+            {{evaluate_every}}
             dtype = "float32"
             seed = 5
             threads = 1
             [run]
             folder = "{name}-run"
             log_every = 5
+            checkpoint_every = {{checkpoint_every}}
             save_dtype = {{save_dtype}}
             merge = {{merge}}
             """

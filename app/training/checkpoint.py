@@ -7,9 +7,10 @@ or a kill at any moment leaves the last good one. Tensors are safetensors, the r
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import msgspec
 from safetensors import SafetensorError
@@ -23,27 +24,29 @@ _STATE, _WEIGHTS, _MOMENTS, _RANDOM = "state.json", "weights.safetensors", "mome
 
 
 class CheckpointState(msgspec.Struct, frozen=True, kw_only=True):
-    """What is no tensor."""
+    """What is no tensor; each kind of run adds what it needs."""
 
     step: int
     """Steps done."""
     seconds: float
     """Of training, over all runs."""
     recipe: msgspec.Raw
-    tokenizer_sha256: str
+
+
+State = TypeVar("State", bound=CheckpointState)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class Checkpoint(Generic[State]):
     """Everything that the next step depends on."""
 
-    state: CheckpointState
+    state: State
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
     random_state: Tensor
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint[State], *, keep: int) -> Path:
     """Write one, then delete the oldest beyond `keep`. Raises OSError with every earlier one as it was."""
     target = folder / f"step-{checkpoint.state.step:06d}"
     draft = folder / f".draft-{target.name}"
@@ -71,15 +74,15 @@ def last_checkpoint(folder: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one back.
+def load_checkpoint(path: Path, state_type: type[State]) -> Checkpoint[State]:
+    """Read one back, of a run that keeps such a state.
 
     Raises:
         ConfigurationError: a file of it is damaged.
     """
     try:
         return Checkpoint(
-            state=msgspec.json.decode((path / _STATE).read_bytes(), type=CheckpointState),
+            state=msgspec.json.decode((path / _STATE).read_bytes(), type=state_type),
             weights=load_file(path / _WEIGHTS),
             moments=load_file(path / _MOMENTS),
             random_state=load_file(path / _RANDOM)["random_state"],
@@ -88,6 +91,25 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise ConfigurationError(
             f"the checkpoint {path} is damaged: {error}; delete it to go on from an older one"
         ) from error
+
+
+def require_same_tables(
+    path: Path, before: msgspec.Struct, now: msgspec.Struct, *, tables: Iterable[str], may_change: Collection[str]
+) -> None:
+    """Raise ConfigurationError where a recipe is not the one that a checkpoint was made with.
+
+    Args:
+        tables: of the recipe, that a step depends on.
+        may_change: fields of them that need not be the same.
+    """
+    for table in tables:
+        for name in getattr(now, table).__struct_fields__:
+            old, new = getattr(getattr(before, table), name), getattr(getattr(now, table), name)
+            if old != new and name not in may_change:
+                raise ConfigurationError(
+                    f"{path} was made with {table}.{name} = {old!r}, the recipe now says {new!r}; "
+                    "put it back, or use a new run folder"
+                )
 
 
 def write_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from app.core.errors import ConfigurationError
-from app.training.checkpoint import Checkpoint, CheckpointState, last_checkpoint, load_checkpoint, save_checkpoint
+from app.training.checkpoint import (
+    Checkpoint,
+    CheckpointState,
+    last_checkpoint,
+    load_checkpoint,
+    require_same_tables,
+    save_checkpoint,
+)
 from app.training.devices import choose_dtype
 from app.training.errors import TrainingStopped
 from app.training.metrics import MetricsFile
@@ -27,8 +34,14 @@ from app.training.workers import Workers
 
 ALONE = Workers(0, 1, torch.device("cpu"))
 """One process on the CPU."""
-_MAY_CHANGE = frozenset(["steps", "threads", "schedule", "compile"])
-"""When a run is resumed: a longer run, an earlier decay."""
+_MAY_CHANGE = frozenset(["steps", "threads", "schedule", "clip_norm", "compile"])
+"""When a run is resumed: a longer run, an earlier decay, and what helps against a loss that is no number."""
+
+
+class PretrainingState(CheckpointState, frozen=True, kw_only=True):
+    """What is no tensor in a checkpoint of pretraining."""
+
+    tokenizer_sha256: str
 
 
 @dataclass(kw_only=True)
@@ -112,10 +125,10 @@ def open_run(recipe: Recipe, *, workers: Workers = ALONE) -> Run:
     torch.manual_seed(seed + workers.rank)  # each process drops out units of its own
     optimizer = make_optimizer(model, recipe.train)
     folder = Path(recipe.run.folder)
-    if workers.is_first:
-        _make_folder(folder, recipe)
     rows, heldout = (PackedRows(split, context=context, seed=seed) for split in (shards.train, shards.heldout))
     step, seconds = _restore(model, optimizer, shards, recipe)
+    if workers.is_first:
+        _make_folder(folder, recipe)
     return Run(
         recipe=recipe,
         shards=shards,
@@ -141,7 +154,7 @@ def _compiled(model: PreTrainedModel) -> nn.Module:
 
 def save(run: Run) -> Path:
     """Write a checkpoint of the run as it is. Raises TrainingStopped where that fails."""
-    state = CheckpointState(
+    state = PretrainingState(
         step=run.step,
         seconds=run.elapsed,
         recipe=msgspec.Raw(msgspec.json.encode(run.recipe)),
@@ -182,7 +195,7 @@ def _restore(model: PreTrainedModel, optimizer: Optimizer, shards: Shards, recip
     if path is None:
         shutil.rmtree(folder, ignore_errors=True)
         return 0, 0.0
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, PretrainingState)
     state = checkpoint.state
     _require_same(path, state, shards, recipe)
     with torch.no_grad():
@@ -193,17 +206,10 @@ def _restore(model: PreTrainedModel, optimizer: Optimizer, shards: Shards, recip
     return state.step, state.seconds
 
 
-def _require_same(path: Path, state: CheckpointState, shards: Shards, recipe: Recipe) -> None:
+def _require_same(path: Path, state: PretrainingState, shards: Shards, recipe: Recipe) -> None:
     before = msgspec.json.decode(state.recipe, type=Recipe)
     if state.tokenizer_sha256 != shards.facts.tokenizer_sha256:
         raise ConfigurationError(
             f"{path} was trained with another tokenizer than {shards.folder} has; use a new run folder"
         )
-    for table in ("model", "train"):
-        for name in getattr(recipe, table).__struct_fields__:
-            old, new = getattr(getattr(before, table), name), getattr(getattr(recipe, table), name)
-            if old != new and name not in _MAY_CHANGE:
-                raise ConfigurationError(
-                    f"{path} was made with {table}.{name} = {old!r}, the recipe now says {new!r}; "
-                    "put it back, or use a new run folder"
-                )
+    require_same_tables(path, before, recipe, tables=["model", "train"], may_change=_MAY_CHANGE)

@@ -4,7 +4,9 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,17 @@ from transformers import AutoModelForCausalLM
 from app.cli import main
 from app.core.errors import ConfigurationError
 from app.training.errors import TrainingStopped
-from app.training.metrics import MetricsFile, read_metrics
+from app.training.metrics import read_metrics
 from app.training.pretrain import pretrain
 from app.training.tuning.adapters import open_adapter
 from app.training.tuning.encoding import Encoded, Encoder
 from app.training.tuning.examples import Chat, Example, Message, Pair, Plain
-from app.training.tuning.finetune import finetune
+from app.training.tuning.finetune import finetune, open_finetuning
 from app.training.tuning.methods import choose_parameters, make_tuner
 from app.training.tuning.publish import open_base
 from app.training.tuning.recipe import MethodTable, TrainTable
-from app.training.tuning.tune import Tuning, evaluate, tune, tune_step
+from app.training.tuning.run import Tuning, open_tuning
+from app.training.tuning.tune import evaluate, tune, tune_step
 from tests.training_texts import make_shards, toy_recipe
 from tests.tuning_texts import converse, tuning_recipe, write_tasks, write_tuning_recipe
 
@@ -46,7 +49,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = pretrain(toy_recipe(folder, steps=4, layers=3, context=128))
     assert model is not None
     shutil.copytree(model, folder / "base")
-    write_tasks(folder / "tasks.jsonl")
+    tasks = write_tasks(folder / "tasks.jsonl").read_text().splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(tasks[:80]))
     return folder
 
 
@@ -104,7 +108,7 @@ def test_an_adapter_merges_into_what_it_was_beside_its_model(root: Path) -> None
 def test_the_gpt2_shape_is_tuned_too(root: Path, kind: str, method: str) -> None:
     model = pretrain(toy_recipe(root, name="gpt2", architecture='"gpt2"', steps=2, context=128))
     recipe = tuning_recipe(
-        root, name="gpt2-tuned", model=f'"{model}"', kind=kind, method=method, epochs=1, learning_rate=1e-2
+        root, name=f"gpt2-{method[0]}", model=f'"{model}"', kind=kind, method=method, epochs=1, learning_rate=1e-2
     )
     done = finetune(recipe, find_model=Path)
     assert done.after.loss < done.before.loss
@@ -142,29 +146,109 @@ def toy_run(root: Path, *, name: str, **changes: object) -> Tuning:
     base, _ = open_base(root / "base")
     model = choose_parameters(base, MethodTable(kind="whole"), base="base").train()
     examples = [Encoded((10 + number, 20 + number), (False, True)) for number in range(4)]
-    folder = root / f"{name}-run"
-    folder.mkdir()
-    return Tuning(
-        recipe=recipe,
-        model=model,
-        optimizer=make_tuner(model, recipe.train),
-        train=examples[:3],
-        validation=examples[3:],
-        device=CPU,
-        metrics=MetricsFile(folder / "metrics.jsonl", resumed_step=0),
-    )
+    return open_tuning(recipe, model, train=examples[:3], validation=examples[3:], inputs_sha256="of a toy", device=CPU)
 
 
 def test_a_run_ends_early_and_keeps_the_best(root: Path) -> None:
     """What is learnt is of no use to the validation example, whose loss soon rises."""
     run = toy_run(root, name="early", epochs=500, learning_rate=1e-2, patience=2)
-    _, after = tune(run, description="")
+    before, after = tune(run, description="")
     assert run.step < run.steps and run.num_worse == 2
     losses = [
         float(str(one["heldout_loss"])) for one in read_metrics(run.folder / "metrics.jsonl") if "heldout_loss" in one
     ]
     assert after.loss == pytest.approx(min(losses), abs=1e-5) and min(losses) < losses[-1]
     assert losses.index(min(losses)) == len(losses) - 3
+    again = toy_run(root, name="early", epochs=500, learning_rate=1e-2, patience=2)
+    assert tune(again, description="") == (before, after)
+    assert (again.step, again.best, again.best_step) == (run.step, run.best, run.best_step)
+
+
+class Interrupting(list[Encoded]):
+    """Examples, of which the one that is read as the n-th does something first."""
+
+    def __init__(self, examples: Sequence[Encoded], *, after: int, then: Callable[[], object]) -> None:
+        super().__init__(examples)
+        self._left, self._then = after, then
+
+    def __getitem__(self, index: Any) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            self._then()
+        return super().__getitem__(index)
+
+
+def crash() -> None:
+    raise MemoryError("as any failure that no part of a run expects")
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "then"),
+    [
+        ("whole", {"learning_rate": 3e-3}, crash),
+        (
+            "dropout",
+            {"kind": '"lora"', "method": "rank = 4\ndropout = 0.2", "learning_rate": 1e-2},
+            lambda: signal.raise_signal(signal.SIGTERM),
+        ),
+    ],
+)
+def test_a_resumed_run_equals_an_unbroken_one(
+    root: Path, name: str, method: dict[str, object], then: Callable[[], object]
+) -> None:
+    """It breaks off behind an evaluation that was the best yet, between two checkpoints."""
+    changes = {"files": '["few.jsonl"]', "epochs": 3, "evaluate_every": 3, "checkpoint_every": 4, **method}
+    unbroken = finetune(tuning_recipe(root, name=f"{name}-unbroken", **changes), find_model=Path)
+    recipe = tuning_recipe(root, name=f"{name}-broken", **changes)
+    run = open_finetuning(recipe, find_model=Path).run
+    run.train = Interrupting(run.train, after=6 * 16 + 1, then=then)
+    with suppress(MemoryError):
+        tune(run, description="")
+    assert run.best_step == 6
+    resumed = finetune(recipe, find_model=Path)
+    assert (resumed.before, resumed.after) == (unbroken.before, unbroken.after)
+    ours, theirs = weights(resumed.folder), weights(unbroken.folder)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert figures(run.folder) == figures(unbroken.folder.parent)
+    assert len(list((run.folder / "best").iterdir())) == 1
+
+
+def figures(folder: Path) -> list[dict[str, object]]:
+    """What a run recorded, without times."""
+    records = read_metrics(folder / "metrics.jsonl")
+    return [{name: value for name, value in record.items() if "second" not in name} for record in records]
+
+
+def test_a_stopped_run_gives_what_was_best_until_then(root: Path) -> None:
+    """Even weights that no evaluation has seen; and a finished run is not run again."""
+    recipe = tuning_recipe(root, name="stopped", files='["few.jsonl"]', evaluate_every=1000)
+    run = open_finetuning(recipe, find_model=Path).run
+    run.train = Interrupting(run.train, after=3 * 16, then=lambda: signal.raise_signal(signal.SIGINT))
+    before, after = tune(run, description="")
+    assert run.step == 3 and run.best == before.loss and after.loss < before.loss
+    first = finetune(recipe, find_model=Path)
+    recorded = (run.folder / "metrics.jsonl").read_bytes()
+    again = finetune(recipe, find_model=Path)
+    assert (again, (run.folder / "metrics.jsonl").read_bytes()) == (first, recorded)
+
+
+def test_a_run_is_not_resumed_with_another_recipe_model_or_examples(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    retrained = pretrain(toy_recipe(root, name="retrained", steps=2, layers=3, context=128))
+    changes: dict[str, object] = {"files": '["few.jsonl"]', "epochs": 1}
+    done = finetune(tuning_recipe(root, name="resumed", **changes), find_model=Path)
+
+    def refusal(**more: object) -> str:
+        assert main(["finetune", str(write_tuning_recipe(root, name="resumed", **(changes | more)))]) == 2
+        return capsys.readouterr().err
+
+    assert "made with train.examples_per_step = 16, the recipe now says 8" in refusal(examples_per_step=8)
+    assert "made from another model or from other examples" in refusal(files='["tasks.jsonl"]')
+    assert "made from another model or from other examples" in refusal(model=f'"{retrained}"')
+    (best,) = (done.folder.parent / "best").iterdir()
+    best.unlink()
+    assert f"needs {best}, which is gone" in refusal()
 
 
 def test_padding_changes_no_loss(root: Path) -> None:
@@ -182,19 +266,21 @@ def test_a_loss_that_is_no_number_stops_with_the_examples_and_what_is_kept(root:
     run = toy_run(root, name="nan")
     with torch.no_grad():
         next(run.model.parameters())[:] = math.nan
-    with pytest.raises(TrainingStopped, match=r"loss of step 1 is nan \(examples \[.*Nothing was kept yet"):
+    with pytest.raises(
+        TrainingStopped, match=r"loss of step 1 is nan \(examples \[.*There is no checkpoint yet; lower"
+    ):
         tune_step(run)
-    run.metrics.close()
-
-
-def test_a_full_disk_keeps_the_best_so_far(root: Path) -> None:
-    run = toy_run(root, name="full")
-    tune_step(run)
-    # A file where the folder of the best weights would be: writing fails as on a disk without room, for root too.
-    (run.folder / "best").write_text("in the way")
-    with pytest.raises(TrainingStopped, match=r"a file of the run cannot be written: .*Nothing was kept yet"):
+    with pytest.raises(TrainingStopped, match="validation loss after step 0 is nan"):
         tune(run, description="")
-    run.metrics.close()
+
+
+@pytest.mark.parametrize("name", ["best", "checkpoints"])
+def test_a_full_disk_is_told_with_what_is_kept(root: Path, name: str) -> None:
+    run = toy_run(root, name=f"full-{name}")
+    # A file where the folder would be: writing fails as on a disk without room, for root too.
+    (run.folder / name).write_text("in the way")
+    with pytest.raises(TrainingStopped, match=r"cannot be written: .*There is no checkpoint yet"):
+        tune(run, description="")
 
 
 def tokenizer_text(tokenizer: Any, token_ids: Sequence[int]) -> str:

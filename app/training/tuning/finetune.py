@@ -4,20 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from app.core.errors import ConfigurationError
-from app.training.metrics import MetricsFile
 from app.training.tuning.adapters import merged, write_adapter
 from app.training.tuning.encoding import Encoded, Encoder
 from app.training.tuning.examples import Example, read_examples
-from app.training.tuning.methods import choose_parameters, make_tuner, moving_weights
+from app.training.tuning.methods import choose_parameters, moving_weights
 from app.training.tuning.publish import end_ids, open_base, require_apart, write_model
 from app.training.tuning.recipe import DataTable, TuningRecipe
-from app.training.tuning.tune import Score, Tuning, require_some, tune
+from app.training.tuning.run import Score, Tuning, inputs_digest, open_tuning
+from app.training.tuning.tune import require_some, tune
 
 _MODEL = "model"
 FindModel = Callable[[str], Path]
@@ -34,16 +33,39 @@ class Finished:
     after: Score
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A run that can start, and what its model is written with."""
+
+    run: Tuning
+    base_folder: Path
+    encoder: Encoder
+    chat_template: str | None
+    """In place of the base's own."""
+    description: str
+
+
 def finetune(recipe: TuningRecipe, *, find_model: FindModel) -> Finished:
-    """Learn, and write what was learnt.
+    """Learn, from the run folder's last checkpoint if it has one, and write what was learnt.
 
     Raises:
-        ConfigurationError: the recipe, its examples and the model do not fit.
+        ConfigurationError: the recipe, its examples, the model and what is in the run folder do not fit.
         TrainingStopped: the loss is no number, or a file cannot be written.
     """
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    train, validation = split_examples(recipe.data, seed=recipe.train.seed)
+    opened = open_finetuning(recipe, find_model=find_model)
+    before, after = tune(opened.run, description=opened.description)
+    return Finished(_publish(opened), before, after)
+
+
+def open_finetuning(recipe: TuningRecipe, *, find_model: FindModel) -> Opened:
+    """Read the examples and the model, choose what moves, and put back the last checkpoint.
+
+    Raises:
+        ConfigurationError: the recipe, its examples, the model and what is in the run folder do not fit.
+    """
+    splits = split_examples(recipe.data, seed=recipe.train.seed)
     base_folder = find_model(recipe.model)
     require_apart(base_folder, Path(recipe.run.folder) / _MODEL)
     base, tokenizer = open_base(base_folder)
@@ -53,26 +75,21 @@ def finetune(recipe: TuningRecipe, *, find_model: FindModel) -> Finished:
     ends = end_ids(base_folder, base.config.to_dict())
     encoder = Encoder(tokenizer, end_id=ends[0])
     context = min(recipe.data.context, base.config.max_position_embeddings)
-    parts = [_encode(encoder, examples, context=context) for examples in (train, validation)]
-    for what, (encoded, _) in zip(("training", "validation"), parts, strict=True):
+    (train, num_long), (validation, num_long_too) = (_encode(encoder, split, context=context) for split in splits)
+    for what, encoded in (("training", train), ("validation", validation)):
         require_some(encoded, context=context, what=what)
-    folder = Path(recipe.run.folder)
-    _make_folder(folder, recipe)
+    inputs_sha256 = inputs_digest(base, train, validation)
     torch.manual_seed(recipe.train.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = choose_parameters(base, recipe.method, base=recipe.model).to(device).train()
-    run = Tuning(
-        recipe=recipe,
-        model=model,
-        optimizer=make_tuner(model, recipe.train),
-        train=parts[0][0],
-        validation=parts[1][0],
-        device=device,
-        metrics=MetricsFile(folder / "metrics.jsonl", resumed_step=0),
+    run = open_tuning(recipe, model, train=train, validation=validation, inputs_sha256=inputs_sha256, device=device)
+    return Opened(
+        run=run,
+        base_folder=base_folder,
+        encoder=encoder,
+        chat_template=template,
+        description=_describe(run, num_too_long=num_long + num_long_too, context=context),
     )
-    before, after = tune(run, description=_describe(run, num_too_long=parts[0][1] + parts[1][1], context=context))
-    target = _publish(run, base_folder, turn_ends=encoder.turn_ends, chat_template=template)
-    return Finished(target, before, after)
 
 
 def split_examples(data: DataTable, *, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
@@ -111,33 +128,26 @@ def _encode(encoder: Encoder, examples: Sequence[Example], *, context: int) -> t
     return fitting, len(encoded) - len(fitting)
 
 
-def _make_folder(folder: Path, recipe: TuningRecipe) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.json").write_bytes(msgspec.json.format(msgspec.json.encode(recipe)) + b"\n")
-        (folder / "best" / "weights.safetensors").unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"the run folder {folder} cannot be written: {error}") from error
-
-
 def _describe(run: Tuning, *, num_too_long: int, context: int) -> str:
     moving = sum(parameter.numel() for parameter in moving_weights(run.model).values())
     whole = sum(parameter.numel() for parameter in run.model.parameters())
     left_out = f"; {num_too_long} with more than {context} tokens left out" if num_too_long else ""
+    dtype = str(run.dtype).removeprefix("torch.")
     return (
         f"{len(run.train)} examples to learn, {len(run.validation)} to validate{left_out}; {moving / 1e6:.2f}M of "
-        f"{whole / 1e6:.2f}M parameters move, {run.device}, {str(run.dtype).removeprefix('torch.')}; {run.steps} steps"
+        f"{whole / 1e6:.2f}M parameters move, {run.device}, {dtype}; {run.steps} steps, from step {run.step}"
     )
 
 
-def _publish(run: Tuning, base_folder: Path, *, turn_ends: set[int], chat_template: str | None) -> Path:
+def _publish(opened: Opened) -> Path:
+    run, turn_ends, template = opened.run, opened.encoder.turn_ends, opened.chat_template
     dtype = torch.bfloat16 if run.recipe.run.save_dtype == "bfloat16" else torch.float32
     target, adapter, model = run.folder / _MODEL, run.folder / "adapter", run.model
     if run.recipe.method.kind == "lora":
-        write_adapter(model, adapter, turn_ends=turn_ends, chat_template=chat_template)
+        write_adapter(model, adapter, turn_ends=turn_ends, chat_template=template)
         if not run.recipe.run.merge:
             return adapter
         model = merged(model)
     assert isinstance(model, PreTrainedModel)
-    write_model(model, base_folder, target, dtype=dtype, turn_ends=turn_ends, chat_template=chat_template)
+    write_model(model, opened.base_folder, target, dtype=dtype, turn_ends=turn_ends, chat_template=template)
     return target

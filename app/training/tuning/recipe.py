@@ -61,6 +61,8 @@ class RunTable(Table, frozen=True, kw_only=True):
 
     folder: str
     log_every: Count = 10
+    checkpoint_every: Count = 100
+    """Steps; one is written at the end, too."""
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     merge: bool = True
     """lora only: write the merged model too; without it, the adapter alone."""

@@ -1,26 +1,20 @@
 """The fine-tuning loop: measures, learns, stops early, keeps the best weights, and measures again.
 
-The weights with the lowest validation loss lie in `best/` of the run folder, whole or not there. SIGTERM and Ctrl-C
-end the run after the step at hand, with the best so far. A second run in the same folder begins anew.
+A step depends on the recipe and on its number alone, so a run that was stopped and resumed takes the same steps as one
+that was not. SIGTERM and Ctrl-C end the run after the step at hand, with a checkpoint and with what was best so far.
 """
 
 import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from app.core.errors import ConfigurationError
-from app.training.checkpoint import write_whole
-from app.training.devices import autocast, choose_dtype
+from app.training.devices import autocast
 from app.training.errors import TrainingStopped
-from app.training.metrics import MetricsFile
-from app.training.optimizer import Optimizer
 from app.training.packing import NO_LABEL
 from app.training.progress import RunDisplay, run_display
 from app.training.recipe import ScheduleTable
@@ -30,65 +24,8 @@ from app.training.signals import stop_signals
 from app.training.tuning.batches import answer_logits, answer_loss, epoch_order, make_batch
 from app.training.tuning.encoding import Encoded
 from app.training.tuning.methods import moving_weights
-from app.training.tuning.recipe import TrainTable, TuningRecipe
-
-_BEST = "best"
-
-
-@dataclass(frozen=True)
-class Score:
-    """Over the validation examples."""
-
-    loss: float
-    """Nats a token of the answers."""
-    exact: float
-    """Share of examples whose every answer token is the model's first choice: what greedy decoding gets right."""
-
-    def __str__(self) -> str:
-        return f"loss {self.loss:.4f}, perplexity {math.exp(min(self.loss, 100.0)):.2f}, exact answers {self.exact:.1%}"
-
-
-@dataclass(kw_only=True)
-class Tuning:
-    """A run in progress; only the functions below change it."""
-
-    recipe: TuningRecipe
-    model: nn.Module
-    optimizer: Optimizer
-    train: Sequence[Encoded]
-    validation: Sequence[Encoded]
-    device: torch.device
-    metrics: MetricsFile
-    step: int = 0
-    best: float = math.inf
-    num_worse: int = 0
-    """Evaluations since the best."""
-    is_stopping: bool = False
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def folder(self) -> Path:
-        """Of the run."""
-        return Path(self.recipe.run.folder)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The last one of an epoch may have fewer examples."""
-        return -(-len(self.train) // self.recipe.train.examples_per_step)
-
-    @property
-    def steps(self) -> int:
-        """Of the whole run, where it does not end early."""
-        return self.recipe.train.epochs * self.steps_per_epoch
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which matrices are multiplied."""
-        return choose_dtype(self.recipe.train.dtype, self.device)
-
-    def stop(self) -> None:
-        """End after the step at hand."""
-        self.is_stopping = True
+from app.training.tuning.recipe import TrainTable
+from app.training.tuning.run import Score, Tuning, keep_best, save, take_best, what_is_kept
 
 
 def tune(run: Tuning, *, description: str) -> tuple[Score, Score]:
@@ -98,21 +35,21 @@ def tune(run: Tuning, *, description: str) -> tuple[Score, Score]:
         The scores before and after.
 
     Raises:
-        TrainingStopped: the loss is no number, or a file cannot be written; the best weights so far are kept.
+        TrainingStopped: the loss is no number, or a file cannot be written; the last checkpoint is kept.
     """
     try:
-        with closing(run.metrics), run_display(steps=run.steps, done=0) as display:
+        with closing(run.metrics), run_display(steps=run.steps, done=run.step) as display:
             display.line(description)
-            before = _evaluate(run, display)
+            if run.before is None:
+                run.before = _evaluate(run, display)
             with stop_signals(run.stop):
                 _learn(run, display)
-            _restore_best(run)
-            after = evaluate(run.model, run.validation, dtype=run.dtype, device=run.device)
-            display.line(f"before: {before}\nafter:  {after}")
+            after = _settle(run)
+            display.line(f"before: {run.before}\nafter:  {after}")
         write_report(run.folder)
     except OSError as error:
-        raise TrainingStopped(f"a file of the run cannot be written: {error}. {_kept(run)}") from error
-    return before, after
+        raise TrainingStopped(f"a file of the run cannot be written: {error}. {what_is_kept(run)}") from error
+    return run.before, after
 
 
 def tune_step(run: Tuning) -> tuple[float, float]:
@@ -136,7 +73,7 @@ def tune_step(run: Tuning) -> tuple[float, float]:
     if not math.isfinite(value) or not math.isfinite(norm):
         raise TrainingStopped(
             f"the loss of step {run.step + 1} is {value} (examples {chosen}, learning rate {rate:.2e}). "
-            f"{_kept(run)}; lower the learning rate or clip_norm"
+            f"{what_is_kept(run)}; lower the learning rate or clip_norm"
         )
     run.optimizer.step(rate)
     run.step += 1
@@ -161,34 +98,50 @@ def evaluate(model: nn.Module, examples: Sequence[Encoded], *, dtype: torch.dtyp
 
 
 def _learn(run: Tuning, display: RunDisplay) -> None:
-    train, log_every = run.recipe.train, run.recipe.run.log_every
+    train, table = run.recipe.train, run.recipe.run
     every = run.steps_per_epoch if train.evaluate_every is None else train.evaluate_every
-    mark = time.monotonic()
-    while run.step < run.steps and not run.is_stopping and run.num_worse < train.patience:
+    mark, mark_step, saved_step = time.monotonic(), run.step, run.step
+    while run.step < run.steps and not run.is_stopping and not run.is_worn_out:
         loss, norm = tune_step(run)
         figures = None
-        if run.step % log_every == 0 or run.step == run.steps:
-            seconds, mark = time.monotonic() - mark, time.monotonic()
-            figures = f"loss {loss:.4f}, grad norm {norm:.2f}, learning rate {run.optimizer.rate:.2e}"
-            run.metrics.write(
-                {
-                    "step": run.step,
-                    "loss": round(loss, 6),
-                    "learning_rate": run.optimizer.rate,
-                    "grad_norm": round(norm, 4),
-                    "steps_per_second": round(log_every / max(seconds, 1e-9), 3),
-                    "seconds": round(time.monotonic() - run.started, 1),
-                }
-            )
+        if run.step % table.log_every == 0 or run.step == run.steps:
+            now = time.monotonic()
+            rate = (run.step - mark_step) / max(now - mark, 1e-9)
+            figures = _log_step(run, loss=loss, norm=norm, steps_per_second=rate)
+            mark, mark_step = now, run.step
         display.step(run.step, figures=figures)
-        if run.step % every == 0 or run.step == run.steps or run.is_stopping:
+        if run.step % every == 0 or run.step == run.steps:
             _evaluate(run, display)
-    if run.num_worse >= train.patience:
+        if run.step % table.checkpoint_every == 0:
+            save(run)
+            saved_step = run.step
+    if saved_step != run.step:
+        save(run)
+    if run.is_worn_out:
         display.line(f"step {run.step}: {run.num_worse} evaluations without a lower validation loss; the run ends")
+    elif run.step < run.steps:
+        display.line(f"stopped after step {run.step} of {run.steps}; the same command goes on from there")
+
+
+def _log_step(run: Tuning, *, loss: float, norm: float, steps_per_second: float) -> str:
+    rate = run.optimizer.rate
+    run.metrics.write(
+        {
+            "step": run.step,
+            "loss": round(loss, 6),
+            "learning_rate": rate,
+            "grad_norm": round(norm, 4),
+            "steps_per_second": round(steps_per_second, 3),
+            "seconds": round(run.elapsed, 1),
+        }
+    )
+    return f"loss {loss:.4f}, grad norm {norm:.2f}, learning rate {rate:.2e}"
 
 
 def _evaluate(run: Tuning, display: RunDisplay) -> Score:
     score = evaluate(run.model, run.validation, dtype=run.dtype, device=run.device)
+    if not math.isfinite(score.loss):
+        raise TrainingStopped(f"the validation loss after step {run.step} is {score.loss}. {what_is_kept(run)}")
     run.metrics.write(
         {
             "step": run.step,
@@ -199,19 +152,21 @@ def _evaluate(run: Tuning, display: RunDisplay) -> Score:
     )
     display.line(f"step {run.step}: validation {score}")
     if score.loss < run.best:
-        run.best, run.num_worse = score.loss, 0
-        write_whole(run.folder / _BEST / "weights.safetensors", moving_weights(run.model))
+        keep_best(run, score)
     else:
         run.num_worse += 1
     write_report(run.folder)
     return score
 
 
-def _restore_best(run: Tuning) -> None:
-    weights = load_file(run.folder / _BEST / "weights.safetensors")
-    with torch.no_grad():
-        for name, parameter in moving_weights(run.model).items():
-            parameter.copy_(weights[name])
+def _settle(run: Tuning) -> Score:
+    """Leave the model with the best weights; those of now, which nothing kept, may be the best of a stopped run."""
+    if run.is_stopping:
+        score = evaluate(run.model, run.validation, dtype=run.dtype, device=run.device)
+        if score.loss < run.best:
+            return score
+    take_best(run)
+    return evaluate(run.model, run.validation, dtype=run.dtype, device=run.device)
 
 
 def _schedule(train: TrainTable, *, steps: int) -> ScheduleTable:
@@ -221,11 +176,6 @@ def _schedule(train: TrainTable, *, steps: int) -> ScheduleTable:
         warmup_steps=min(math.ceil(steps * train.warmup_share), steps),
         last_share=0.0,
     )
-
-
-def _kept(run: Tuning) -> str:
-    path = run.folder / _BEST / "weights.safetensors"
-    return f"The best weights so far are in {path}" if path.is_file() else "Nothing was kept yet"
 
 
 def require_some(examples: Sequence[Encoded], *, context: int, what: str) -> None:
