@@ -81,6 +81,11 @@ class Settings(BaseSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device to compute on")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field("auto", description="type of weights and KV")
+    deterministic: bool = Field(
+        False,
+        description="serve only where no request's tokens depend on its batch: always so on tier native; the others "
+        "compute in fixed shapes then, which costs time",
+    )
     quantization: Literal["int8", "int8-safe", "int4"] | None = Field(
         None,
         description="quantise the weights while loading; int8-safe is nearer to bfloat16, int4 keeps a .gguf's bits",
@@ -185,6 +190,7 @@ class Settings(BaseSettings):
             enable_prefix_caching=self.enable_prefix_caching,
             target_itl_ms=self.target_itl,
             num_threads=self.num_threads,
+            deterministic=self.deterministic,
             eos_token_ids=eos_token_ids,
             scripted=self.scripted,
         )

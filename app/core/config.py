@@ -25,6 +25,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     enable_prefix_caching: bool = True
     target_itl_ms: float | None = None
     num_threads: int | None = None
+    deterministic: bool = False
+    """Rows independent, or no start: tier native always has them, the torch tiers compute in fixed shapes then."""
     eos_token_ids: tuple[int, ...] = ()
     """What ends a text, as `app.store` read it from the model folder."""
     scripted: dict[str, float | int | str] = {}

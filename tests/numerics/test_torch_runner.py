@@ -22,7 +22,8 @@ from app.runner.torch.executor import Executor
 from app.runner.torch.kv_cache import KVCache, LayerShape
 from app.runner.torch.linear import PackedLinear, pack_linears, packing_works
 from app.runner.torch.loading import choose_dtype, load_model, read_config
-from app.runner.torch.packing import Packer, bucket, context_bucket
+from app.runner.torch.packing import ChunkPacker, Packer, context_bucket
+from app.runner.torch.rows import RowPacker
 from tests.numerics.driver import Driver, greedy
 from tests.numerics.families import CONFIGS, VOCAB, make_model
 
@@ -178,11 +179,14 @@ def test_a_packed_row_does_not_depend_on_the_rows_beside_it() -> None:
 # Executor and packing
 
 
-def make_executor(folder: Path, *, is_static: bool) -> Executor:
+def make_executor(folder: Path, *, sizes: tuple[int, ...] = ()) -> Executor:
+    """With chunks as they come, or rows in passes of `sizes`."""
     loaded = load_model(config(folder), torch.device("cpu"))
     layers = tuple(LayerShape(index, 2, 16, 16) for index in range(2))
     cache = KVCache(layers, num_blocks=32, block_size=8, dtype=torch.float32, device=torch.device("cpu"))
-    packer = Packer(cache, device=torch.device("cpu"), is_static=is_static)
+    packer: Packer = ChunkPacker(cache, device=torch.device("cpu"))
+    if sizes:
+        packer = RowPacker(cache, device=torch.device("cpu"), sizes=sizes, max_model_len=256)
     return Executor(loaded.model, head=None, kv_cache=cache, packer=packer, vocab_size=VOCAB)
 
 
@@ -212,24 +216,24 @@ PLANS = (
 )
 
 
-def test_static_shapes_bring_the_logits_of_exact_ones(folder: Path) -> None:
-    exact, static = (make_executor(folder, is_static=is_static) for is_static in (False, True))
+@pytest.mark.parametrize("sizes", [(8,), (1, 2, 4, 32)])
+def test_rows_bring_the_logits_of_chunks(folder: Path, sizes: tuple[int, ...]) -> None:
+    chunks, rows = make_executor(folder), make_executor(folder, sizes=sizes)
     for plan in PLANS:
-        one, other = exact.run(plan), static.run(plan)
+        one, other = chunks.run(plan), rows.run(plan)
         assert one.spans == other.spans
         assert torch.allclose(one.rows(slice(None)), other.rows(slice(None)), atol=1e-5)
 
 
 def test_logits_come_in_the_plan_s_order(folder: Path) -> None:
-    executor = make_executor(folder, is_static=False)
+    executor = make_executor(folder)
     spans = [executor.run(plan).spans for plan in PLANS]
     assert spans[0] == (slice(0, 1), slice(1, 2), slice(2, 2))
     assert spans[1] == (slice(0, 3), slice(3, 4), slice(4, 5))
     assert spans[2] == (slice(0, 0),)
 
 
-def test_buckets() -> None:
-    assert [bucket(size) for size in (1, 2, 3, 9, 64, 65, 128, 129)] == [1, 2, 4, 16, 64, 128, 128, 192]
+def test_context_buckets() -> None:
     assert [context_bucket(size) for size in (1, 2, 3, 4, 5, 7, 8, 9, 13, 17)] == [1, 2, 3, 4, 6, 8, 8, 12, 16, 24]
 
 

@@ -1,21 +1,24 @@
 """From a configuration to a running TorchRunner: what the tiers `any` and `cuda` share."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from app.core.config import EngineConfig
 from app.core.errors import ConfigurationError
-from app.runner.base import RunnerInfo
+from app.runner.base import RunnerInfo, TierUnavailable
 from app.runner.memory import KVPlan, available_memory, plan_kv
 from app.runner.sampling import SAMPLER_EPOCH
-from app.runner.torch.check import Probed, check_against_transformers, measure_token_budget, probe_model
+from app.runner.torch.check import Probed, check_against_transformers, check_rows, measure_token_budget, probe_model
 from app.runner.torch.digest import weights_digest
 from app.runner.torch.executor import Executor
 from app.runner.torch.families import VERIFIED, context_length
+from app.runner.torch.head import FixedHead, Head, OutputHead
 from app.runner.torch.kv_cache import KVCache, LayerShape, bytes_per_token
 from app.runner.torch.loading import LoadedModel, load_model
-from app.runner.torch.packing import Packer
+from app.runner.torch.packing import ChunkPacker, Packer
+from app.runner.torch.rows import RowPacker
 from app.runner.torch.runner import TorchRunner
 
 KERNEL_EPOCH = 1
@@ -24,6 +27,9 @@ KERNEL_EPOCH = 1
 _BLOCK_SIZES = {"cpu": 64, "cuda": 16}
 _TARGET_ITL_MS = {"cpu": 250.0, "cuda": 50.0}
 _ROW_DEPENDENT = "rows not independent: a prefill chunk and a decode step add up in different orders"
+_FIXED_ROWS = {"cpu": 16, "cuda": 128}
+"""Rows of every pass in the deterministic mode: all that a GPU computes while it reads the weights once; on a CPU,
+where rows cost time, few."""
 
 
 def build_runner(config: EngineConfig, *, tier: str, device: torch.device, reason: str) -> TorchRunner:
@@ -31,17 +37,21 @@ def build_runner(config: EngineConfig, *, tier: str, device: torch.device, reaso
     loaded = load_model(config, device)
     probed = probe_model(loaded.model, device)
     kv_plan = _plan_kv(config, loaded, probed.layers)
-    executor = _executor(loaded, probed, kv_plan)
+    executor = make_executor(config, loaded, probed, kv_plan)
     if loaded.config.model_type not in VERIFIED:
         check_against_transformers(executor, loaded.model)
+    independence = _ROW_DEPENDENT
+    if config.deterministic:
+        check_rows(executor)
+        independence = f"rows independent: every pass has {_FIXED_ROWS[device.type]} rows, --deterministic"
     budget = config.max_num_batched_tokens
     if budget is None:
         target_ms = _TARGET_ITL_MS[device.type] if config.target_itl_ms is None else config.target_itl_ms
-        budget = measure_token_budget(executor, target_ms=target_ms, max_num_seqs=config.max_num_seqs)
+        budget = measure_token_budget(executor, target_ms=target_ms, limits=kv_plan, max_num_seqs=config.max_num_seqs)
     dtype = str(loaded.dtype).removeprefix("torch.")
     info = RunnerInfo(
         tier=tier,
-        tier_reason=f"{reason}, dtype {loaded.dtype_reason}; {_ROW_DEPENDENT}",
+        tier_reason=f"{reason}, dtype {loaded.dtype_reason}; {independence}",
         device=str(device),
         dtype=dtype,
         vocab_size=probed.vocab_size,
@@ -51,7 +61,7 @@ def build_runner(config: EngineConfig, *, tier: str, device: torch.device, reaso
         kv_bytes=kv_plan.num_bytes,
         weight_bytes=loaded.weight_bytes,
         max_num_batched_tokens=budget,
-        row_independent=False,
+        row_independent=config.deterministic,
         fingerprint=_fingerprint(config, loaded, tier=tier, dtype=dtype),
     )
     return TorchRunner(executor, info=info, eos_token_ids=config.eos_token_ids)
@@ -83,7 +93,8 @@ def _available_bytes(device: torch.device) -> int:
     return available_memory()
 
 
-def _executor(loaded: LoadedModel, probed: Probed, kv_plan: KVPlan) -> Executor:
+def make_executor(config: EngineConfig, loaded: LoadedModel, probed: Probed, kv_plan: KVPlan) -> Executor:
+    """The model behind its packer: shapes that follow the plan, or one shape for all where rows are to be equal."""
     kv_cache = KVCache(
         probed.layers,
         num_blocks=kv_plan.num_blocks,
@@ -91,8 +102,28 @@ def _executor(loaded: LoadedModel, probed: Probed, kv_plan: KVPlan) -> Executor:
         dtype=loaded.dtype,
         device=loaded.device,
     )
-    packer = Packer(kv_cache, device=loaded.device, is_static=loaded.device.type != "cpu")
-    return Executor(loaded.model, head=probed.head, kv_cache=kv_cache, packer=packer, vocab_size=probed.vocab_size)
+    head: Head | None = probed.head
+    packer: Packer = ChunkPacker(kv_cache, device=loaded.device)
+    if config.deterministic:
+        head, packer = _fixed_shapes(loaded, probed.head, kv_cache, kv_plan.max_model_len)
+    return Executor(loaded.model, head=head, kv_cache=kv_cache, packer=packer, vocab_size=probed.vocab_size)
+
+
+def _fixed_shapes(
+    loaded: LoadedModel, head: OutputHead | None, kv_cache: KVCache, max_model_len: int
+) -> tuple[Head, Packer]:
+    """The deterministic mode: no shape of any product depends on the plan."""
+    if head is None:
+        raise TierUnavailable(
+            f"the head of {loaded.config.model_type} does not split off, so the shape of its product follows the batch",
+            remedy="leave out --deterministic",
+        )
+    model: Any = loaded.model
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("batched_mm")  # the others' shapes follow the router
+    num_rows = _FIXED_ROWS[loaded.device.type]
+    packer = RowPacker(kv_cache, device=loaded.device, sizes=(num_rows,), max_model_len=max_model_len)
+    return FixedHead(head, num_rows), packer
 
 
 def _fingerprint(config: EngineConfig, loaded: LoadedModel, *, tier: str, dtype: str) -> str:
@@ -102,6 +133,6 @@ def _fingerprint(config: EngineConfig, loaded: LoadedModel, *, tier: str, dtype:
         kernels = f"sm{major}{minor}"
     version = torch.__version__.partition("+")[0]
     return (
-        f"{tier}-{kernels}-torch{version}-{dtype}-k{KERNEL_EPOCH}-s{SAMPLER_EPOCH}-"
-        f"{weights_digest(Path(config.model_dir))}"
+        f"{tier}-{kernels}{'-fixed' if config.deterministic else ''}-torch{version}-{dtype}-k{KERNEL_EPOCH}-"
+        f"s{SAMPLER_EPOCH}-{weights_digest(Path(config.model_dir))}"
     )

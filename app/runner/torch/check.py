@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from app.core.plan import LogitsNeed, PlanEntry, StepPlan
 from app.runner.base import TierUnavailable
+from app.runner.memory import KVPlan
 from app.runner.torch.attention.interface import PAGED, ShapeProbe, UnsupportedAttention
 from app.runner.torch.executor import Executor
 from app.runner.torch.head import OutputHead, split_head
@@ -87,6 +88,19 @@ def check_against_transformers(executor: Executor, model: PreTrainedModel) -> No
         )
 
 
+def check_rows(executor: Executor) -> None:
+    """Compare bits of logits of one text computed at once and in chunks, where other rows stand beside it.
+
+    Raises TierUnavailable where they differ: a product whose shape follows what the rows hold, as some routers' do.
+    """
+    ids = np.random.default_rng(0).integers(0, executor.vocab_size, _CHECK_TOKENS).tolist()
+    alone = run_chunks(executor, ids, (_CHECK_TOKENS,))
+    if not torch.equal(alone, run_chunks(executor, ids, _CHECK_CHUNKS)):
+        raise TierUnavailable(
+            "its rows depend on each other, in passes of one shape too", remedy="leave out --deterministic"
+        )
+
+
 def run_chunks(executor: Executor, token_ids: list[int], chunks: tuple[int, ...]) -> torch.Tensor:
     """Logits (len(token_ids), vocab_size) in float32 of one sequence computed in chunks, in blocks 0, 1, ..."""
     table = tuple(range(-(-len(token_ids) // executor.block_size)))
@@ -99,9 +113,10 @@ def run_chunks(executor: Executor, token_ids: list[int], chunks: tuple[int, ...]
     return torch.cat(parts)
 
 
-def measure_token_budget(executor: Executor, *, target_ms: float, max_num_seqs: int) -> int:
+def measure_token_budget(executor: Executor, *, target_ms: float, limits: KVPlan, max_num_seqs: int) -> int:
     """Tokens of a step that takes about `target_ms`: whole blocks, and one block beside a full house of decodes."""
-    size = min(_PROBE_TOKENS[executor.device.type], executor.num_blocks * executor.block_size)
+    most = min(limits.max_model_len, limits.num_blocks * limits.block_size)
+    size = min(_PROBE_TOKENS[executor.device.type], most)
     per_token = min(_prefill_seconds(executor, size) for _ in range(2)) / size
     measured = min(_MOST_TOKENS, int(target_ms / 1000 / per_token))
     blocks = max(1, measured // executor.block_size, 1 + -(-max_num_seqs // executor.block_size))

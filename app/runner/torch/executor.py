@@ -6,10 +6,10 @@ import torch
 from transformers import PreTrainedModel
 
 from app.core.plan import StepPlan
-from app.runner.torch.attention.context import AttentionContext
-from app.runner.torch.head import OutputHead
+from app.runner.torch.attention.context import attention_context
+from app.runner.torch.head import Head
 from app.runner.torch.kv_cache import KVCache
-from app.runner.torch.packing import Packer
+from app.runner.torch.packing import Packer, StepBatch, logits_spans
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class StepLogits:
 
     states: torch.Tensor
     """(num_logits, hidden_size) in front of `head`, or the logits themselves where there is none."""
-    head: OutputHead | None
+    head: Head | None
     spans: tuple[slice, ...]
     """For each entry of the plan, its rows."""
 
@@ -36,7 +36,7 @@ class Executor:
         self,
         model: PreTrainedModel,
         *,
-        head: OutputHead | None,
+        head: Head | None,
         kv_cache: KVCache,
         packer: Packer,
         vocab_size: int,
@@ -54,16 +54,19 @@ class Executor:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepLogits:
         """Compute all tokens of a plan. Returns at once on a GPU."""
-        batch = self._packer.pack(plan)
+        states = [self._forward(batch) for batch in self._packer.batches(plan)]
+        return StepLogits(states[0] if len(states) == 1 else torch.cat(states), self._head, logits_spans(plan.entries))
+
+    def _forward(self, batch: StepBatch) -> torch.Tensor:
+        """(num_logits, hidden_size) in front of the head, or logits where there is none."""
         self._kv_cache.clear(batch.new_blocks)
         inputs = {
             "input_ids": batch.input_ids,
             "position_ids": batch.position_ids,
             "use_cache": False,
-            "paged": AttentionContext(batch, self._kv_cache, self.dtype),
+            "paged": attention_context(batch, self._kv_cache, self.dtype),
         }
         if self._head is None:
-            states = self._model(**inputs, logits_to_keep=batch.logits_indices).logits[0]
-        else:
-            states = self._model.base_model(**inputs).last_hidden_state[0].index_select(0, batch.logits_indices)
-        return StepLogits(states, self._head, batch.logits_spans)
+            logits: torch.Tensor = self._model(**inputs, logits_to_keep=batch.logits_indices).logits[0]
+            return logits
+        return self._model.base_model(**inputs).last_hidden_state[0].index_select(0, batch.logits_indices)

@@ -14,6 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""(num_rows, hidden_size) -> (num_rows, vocab_size)."""
+
 
 @dataclass
 class _Output(BaseModelOutputWithPastAndCrossAttentions):
@@ -45,6 +48,23 @@ class OutputHead:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self._forward(inputs_embeds=hidden[None], use_cache=False).logits[0]
         return logits
+
+
+class FixedHead:
+    """A head that always computes the same number of rows, so that none depends on how many were asked for."""
+
+    def __init__(self, head: Head, num_rows: int) -> None:
+        self._head = head
+        self._num_rows = num_rows
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(num_rows, hidden_size) -> (num_rows, vocab_size)."""
+        parts = []
+        for part in hidden.split(self._num_rows):
+            padded = part.new_zeros((self._num_rows, part.shape[1]))
+            padded[: len(part)] = part
+            parts.append(self._head(padded)[: len(part)])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def split_head(model: PreTrainedModel, inputs: dict[str, Any], logits: torch.Tensor) -> OutputHead | None:

@@ -37,9 +37,12 @@ class LoadedModel:
     """Linear layers packed for the CPU; 0 where packing is not used."""
 
 
-def load_model(config: EngineConfig, device: torch.device) -> LoadedModel:
-    """Check and load. Raises TierUnavailable where this runner cannot serve it, ConfigurationError where the
-    settings contradict each other."""
+def load_model(config: EngineConfig, device: torch.device, *, packs_linears: bool = True) -> LoadedModel:
+    """Check and load; `packs_linears` where the device is a CPU.
+
+    Raises TierUnavailable where this runner cannot serve it, ConfigurationError where the settings contradict
+    each other.
+    """
     if config.quantization is not None:
         raise TierUnavailable(f"it does not quantize (asked: {config.quantization})", remedy="leave out --quantization")
     folder = Path(config.model_dir)
@@ -51,7 +54,7 @@ def load_model(config: EngineConfig, device: torch.device) -> LoadedModel:
     set_threads(config, device)
     model = _read_weights(folder, model_config, dtype)
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    num_packed = pack_linears(model, dtype) if device.type == "cpu" else 0
+    num_packed = pack_linears(model, dtype) if packs_linears and device.type == "cpu" else 0
     placed: Any = model
     placed.to(device)
     return LoadedModel(model.eval(), model_config, device, dtype, reason, weight_bytes, num_packed)

@@ -1,13 +1,13 @@
 """A step plan as tensors: packed tokens, where their KV goes, and who attends to what.
 
 Tokens of all sequences stand in one row, without padding between them: first the entries of one token
-(decode, shortest context first), then the longer ones (prefill chunks), then, where shapes are static,
-padding up to a bucket. Static shapes (CUDA) come from buffers allocated once, so that graphs can be
-captured over them; one step's buffers are reused by the next, after its result was read.
+(decode, shortest context first), then the longer ones (prefill chunks). Shapes follow the plan;
+`app.runner.torch.rows` packs into shapes that do not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class PrefillChunk:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One step's inputs on the device."""
+    """The inputs of one pass through the model, on the device, whatever its attention."""
 
     input_ids: torch.Tensor
     """(1, num_tokens), padding included."""
@@ -53,17 +53,27 @@ class StepBatch:
     """(num_tokens,) where each token's KV is written."""
     logits_indices: torch.Tensor
     """(num_logits,) tokens whose logits are needed, in the plan's order of entries."""
-    logits_spans: tuple[slice, ...]
-    """For each entry of the plan, its rows of the logits."""
     new_blocks: torch.Tensor
-    """(num_new_blocks,) blocks that this step writes first."""
+    """(num_new_blocks,) blocks that are written for the first time, by this pass or by a later one of the step."""
+
+
+@dataclass(frozen=True)
+class ChunkBatch(StepBatch):
+    """A whole step in one pass, its shapes the plan's own."""
+
     decode_groups: tuple[DecodeGroup, ...]
     prefill_chunks: tuple[PrefillChunk, ...]
 
 
-def bucket(size: int) -> int:
-    """The next number of tokens for which static shapes exist: powers of two to 64, then multiples of 64."""
-    return 1 << max(0, size - 1).bit_length() if size <= 64 else -(-size // 64) * 64
+class Packer(Protocol):
+    """Turns plans into batches."""
+
+    def batches(self, plan: StepPlan) -> Iterator[StepBatch]:
+        """The passes of a step, in order; each is run before the next is asked for.
+
+        Their logits together are those that the plan needs, in its order (`logits_spans`).
+        """
+        ...
 
 
 def context_bucket(num_blocks: int) -> int:
@@ -72,34 +82,62 @@ def context_bucket(num_blocks: int) -> int:
     return 3 * power // 4 if power >= 4 and num_blocks <= 3 * power // 4 else power
 
 
-class Packer:
-    """Turns plans into batches. Owns the static buffers where there are any."""
+def num_blocks(entry: PlanEntry, block_size: int) -> int:
+    """Blocks that hold the entry's context, its new tokens included."""
+    return -(-(entry.start + len(entry.token_ids)) // block_size)
 
-    def __init__(self, kv_cache: KVCache, *, device: torch.device, is_static: bool) -> None:
+
+def num_logits(entry: PlanEntry) -> int:
+    """How many of the entry's tokens, from the end, need logits."""
+    return {LogitsNeed.NONE: 0, LogitsNeed.LAST: 1, LogitsNeed.ALL: len(entry.token_ids)}[entry.logits]
+
+
+def logits_spans(entries: Sequence[PlanEntry]) -> tuple[slice, ...]:
+    """For each entry of a plan, its rows of the logits."""
+    ends = np.cumsum([num_logits(entry) for entry in entries]).tolist()
+    return tuple(slice(end - num_logits(entry), end) for entry, end in zip(entries, ends, strict=True))
+
+
+def token_rows(entry: PlanEntry, block_size: int) -> NDArray[np.int64]:
+    """Ids, positions and slots of an entry's tokens, (3, num_tokens)."""
+    positions = np.arange(entry.start, entry.start + len(entry.token_ids), dtype=np.int64)
+    table = np.array(entry.block_table[: num_blocks(entry, block_size)], dtype=np.int64)
+    slots = table[positions // block_size] * block_size + positions % block_size
+    return np.stack([np.array(entry.token_ids, dtype=np.int64), positions, slots])
+
+
+def new_blocks(entries: Sequence[PlanEntry], block_size: int) -> NDArray[np.int64]:
+    """Blocks whose first position is among the tokens of this step."""
+    blocks = [
+        block
+        for entry in entries
+        for block in entry.block_table[-(-entry.start // block_size) : num_blocks(entry, block_size)]
+    ]
+    return np.array(blocks, dtype=np.int64)
+
+
+class ChunkPacker:
+    """One pass a step: no token is padding, no context longer than a bucket of its own length."""
+
+    def __init__(self, kv_cache: KVCache, *, device: torch.device) -> None:
         self._block_size = kv_cache.block_size
         self._zero_block = kv_cache.zero_block
-        self._scratch_block = kv_cache.scratch_block
         self._device = device
-        self._is_static = is_static
-        self._buffers: dict[int, torch.Tensor] = {}
-        """For each bucket (3, bucket): ids, positions, slots."""
 
-    def pack(self, plan: StepPlan) -> StepBatch:
-        """Lay out a plan's tokens and upload them."""
+    def batches(self, plan: StepPlan) -> Iterator[ChunkBatch]:
+        """See `Packer.batches`."""
         entries = plan.entries
         decodes, chunks = self._order(entries)
         order = [*decodes, *chunks]
         first_tokens = _first_tokens(entries, order)
-        rows = np.concatenate([self._token_rows(entries[index]) for index in order], axis=1)  # (3, num_tokens)
-        input_ids, position_ids, slots = self._upload_rows(rows)
-        indices, spans = _logits_layout(entries, first_tokens)
-        return StepBatch(
+        rows = np.concatenate([token_rows(entries[index], self._block_size) for index in order], axis=1)
+        input_ids, position_ids, slots = self._upload(rows)
+        yield ChunkBatch(
             input_ids=input_ids[None],
             position_ids=position_ids[None],
             slots=slots,
-            logits_indices=self._upload(np.array(indices, dtype=np.int64)),
-            logits_spans=tuple(spans),
-            new_blocks=self._upload(self._new_blocks(entries)),
+            logits_indices=self._upload(_logits_indices(entries, first_tokens)),
+            new_blocks=self._upload(new_blocks(entries, self._block_size)),
             decode_groups=tuple(self._decode_groups(entries, decodes)),
             prefill_chunks=tuple(self._prefill_chunk(entries[index], first_tokens[index]) for index in chunks),
         )
@@ -111,27 +149,6 @@ class Packer:
         decodes.sort(key=lambda index: entries[index].start)
         return decodes, chunks
 
-    def _num_blocks(self, entry: PlanEntry) -> int:
-        return -(-(entry.start + len(entry.token_ids)) // self._block_size)
-
-    def _token_rows(self, entry: PlanEntry) -> NDArray[np.int64]:
-        """Ids, positions and slots of an entry's tokens, (3, num_tokens)."""
-        positions = np.arange(entry.start, entry.start + len(entry.token_ids), dtype=np.int64)
-        table = np.array(entry.block_table[: self._num_blocks(entry)], dtype=np.int64)
-        slots = table[positions // self._block_size] * self._block_size + positions % self._block_size
-        return np.stack([np.array(entry.token_ids, dtype=np.int64), positions, slots])
-
-    def _new_blocks(self, entries: Sequence[PlanEntry]) -> NDArray[np.int64]:
-        """Blocks whose first position is among the tokens of this step."""
-        return np.array(
-            [
-                block
-                for entry in entries
-                for block in entry.block_table[-(-entry.start // self._block_size) : self._num_blocks(entry)]
-            ],
-            dtype=np.int64,
-        )
-
     def _decode_groups(self, entries: Sequence[PlanEntry], decodes: Sequence[int]) -> list[DecodeGroup]:
         """Neighbours whose contexts round up to the same number of blocks share a group.
 
@@ -140,7 +157,7 @@ class Packer:
         groups: list[list[PlanEntry]] = []
         width = 0
         for index in decodes:
-            needed = context_bucket(self._num_blocks(entries[index]))
+            needed = context_bucket(num_blocks(entries[index], self._block_size))
             if needed != width:
                 groups.append([])
                 width = needed
@@ -153,30 +170,17 @@ class Packer:
         return result
 
     def _decode_group(self, group: Sequence[PlanEntry], first_token: int) -> DecodeGroup:
-        width = context_bucket(self._num_blocks(group[-1]))
+        width = context_bucket(num_blocks(group[-1], self._block_size))
         tables = np.full((len(group), width), self._zero_block, dtype=np.int64)
         for row, entry in enumerate(group):
-            num_blocks = self._num_blocks(entry)
-            tables[row, :num_blocks] = entry.block_table[:num_blocks]
+            used = num_blocks(entry, self._block_size)
+            tables[row, :used] = entry.block_table[:used]
         seq_lens = np.array([entry.start + 1 for entry in group], dtype=np.int64)
         return DecodeGroup(first_token, self._upload(tables), self._upload(seq_lens))
 
     def _prefill_chunk(self, entry: PlanEntry, first_token: int) -> PrefillChunk:
-        table = np.array(entry.block_table[: self._num_blocks(entry)], dtype=np.int64)
+        table = np.array(entry.block_table[: num_blocks(entry, self._block_size)], dtype=np.int64)
         return PrefillChunk(first_token, len(entry.token_ids), entry.start, self._upload(table))
-
-    def _upload_rows(self, rows: NDArray[np.int64]) -> torch.Tensor:
-        """(3, num_tokens) on the device; where shapes are static, in its bucket's buffer, padded."""
-        if not self._is_static:
-            return self._upload(rows)
-        num_tokens = rows.shape[1]
-        size = bucket(num_tokens)
-        padded = np.zeros((3, size), dtype=np.int64)
-        padded[:, :num_tokens] = rows
-        padded[2, num_tokens:] = self._scratch_block * self._block_size
-        if size not in self._buffers:
-            self._buffers[size] = torch.zeros((3, size), dtype=torch.int64, device=self._device)
-        return self._buffers[size].copy_(torch.from_numpy(padded))
 
     def _upload(self, array: NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -192,13 +196,8 @@ def _first_tokens(entries: Sequence[PlanEntry], order: Sequence[int]) -> dict[in
     return first_tokens
 
 
-def _logits_layout(entries: Sequence[PlanEntry], first_tokens: dict[int, int]) -> tuple[list[int], list[slice]]:
-    """Packed tokens whose logits are needed, and each entry's span among them."""
-    indices: list[int] = []
-    spans: list[slice] = []
-    for index, entry in enumerate(entries):
-        end = first_tokens[index] + len(entry.token_ids)
-        begin = {LogitsNeed.NONE: end, LogitsNeed.LAST: end - 1, LogitsNeed.ALL: first_tokens[index]}[entry.logits]
-        spans.append(slice(len(indices), len(indices) + end - begin))
-        indices.extend(range(begin, end))
-    return indices, spans
+def _logits_indices(entries: Sequence[PlanEntry], first_tokens: dict[int, int]) -> NDArray[np.int64]:
+    """Packed tokens whose logits are needed, in the plan's order."""
+    ends = [first_tokens[index] + len(entry.token_ids) for index, entry in enumerate(entries)]
+    parts = [np.arange(end - num_logits(entry), end) for entry, end in zip(entries, ends, strict=True)]
+    return np.concatenate(parts).astype(np.int64)

@@ -5,11 +5,57 @@ Additive masks (0 or -inf) in the model's dtype, because SDPA would convert a bo
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
+from app.runner.torch.attention.attend import AttentionStyle, attend_many, attend_one
+from app.runner.torch.attention.split import attend_rows, hidden_positions
 from app.runner.torch.kv_cache import KVCache
-from app.runner.torch.packing import DecodeGroup, PrefillChunk, StepBatch
+from app.runner.torch.packing import ChunkBatch, DecodeGroup, PrefillChunk, StepBatch
+from app.runner.torch.rows import RowBatch
+
+Pool = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer, as `KVCache.layer` gives them."""
+
+
+class AttentionContext(Protocol):
+    """Goes through the model's forward as the keyword `paged`."""
+
+    @property
+    def batch(self) -> StepBatch: ...
+
+    @property
+    def kv_cache(self) -> KVCache: ...
+
+    def attend(self, query: torch.Tensor, pool: Pool, window: int | None, style: AttentionStyle) -> torch.Tensor:
+        """query (1, num_heads, num_tokens, key_dim) -> (num_tokens, num_heads, value_dim), over KV that is written."""
+        ...
+
+
+def attention_context(batch: StepBatch, kv_cache: KVCache, dtype: torch.dtype) -> AttentionContext:
+    """The attention that a batch was packed for."""
+    if isinstance(batch, RowBatch):
+        return RowContext(batch, kv_cache)
+    assert isinstance(batch, ChunkBatch)
+    return ChunkContext(batch, kv_cache, dtype)
+
+
+@dataclass(frozen=True)
+class RowContext:
+    """Every token attends for itself, in splits (`attention.split`)."""
+
+    batch: RowBatch
+    kv_cache: KVCache
+    _hidden: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def attend(self, query: torch.Tensor, pool: Pool, window: int | None, style: AttentionStyle) -> torch.Tensor:
+        """See `AttentionContext.attend`."""
+        splits = self.batch.splits
+        if window not in self._hidden:
+            num_positions = splits.block_tables.shape[1] * self.kv_cache.block_size
+            self._hidden[window] = hidden_positions(self.batch.seq_lens, window, num_positions)
+        return attend_rows(query[0].transpose(0, 1), pool, splits, self._hidden[window], style)
 
 
 @dataclass(frozen=True)
@@ -23,14 +69,31 @@ class Gathered:
 
 
 @dataclass(frozen=True)
-class AttentionContext:
-    """Goes through the model's forward as the keyword `paged`."""
+class ChunkContext:
+    """Tokens of one sequence attend together, by SDPA where the family's attention is plain."""
 
-    batch: StepBatch
+    batch: ChunkBatch
     kv_cache: KVCache
     dtype: torch.dtype
     _decode: dict[tuple[int, int | None], Gathered] = field(default_factory=dict)
     _prefill: dict[tuple[int, int | None], Gathered] = field(default_factory=dict)
+
+    def attend(self, query: torch.Tensor, pool: Pool, window: int | None, style: AttentionStyle) -> torch.Tensor:
+        """See `AttentionContext.attend`."""
+        out = query.new_empty((query.shape[2], query.shape[1], pool[1].shape[-1]))
+        for index, group in enumerate(self.batch.decode_groups):
+            span = slice(group.first_token, group.first_token + len(group.seq_lens))
+            gathered = self.decode(index, window)
+            keys, values = (_gather(tensor, gathered.block_ids) for tensor in pool)
+            assert gathered.mask is not None
+            out[span] = attend_one(query[0, :, span].transpose(0, 1), keys, values, gathered.mask, style)
+        for index, chunk in enumerate(self.batch.prefill_chunks):
+            span = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
+            gathered = self.prefill(index, window)
+            context_len = chunk.num_tokens if gathered.mask is None else gathered.mask.shape[1]
+            keys, values = (_gather(tensor, gathered.block_ids)[:, :, :context_len] for tensor in pool)
+            out[span] = attend_many(query[:, :, span], keys, values, gathered.mask, style)[0].transpose(0, 1)
+        return out
 
     def decode(self, index: int, window: int | None) -> Gathered:
         """For `batch.decode_groups[index]`, in layers with this sliding window."""
@@ -79,3 +142,10 @@ class AttentionContext:
     def _additive(self, hidden: torch.Tensor) -> torch.Tensor:
         mask = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
         return mask.masked_fill_(hidden, float("-inf"))
+
+
+def _gather(tensor: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+    """Blocks (num_sequences, num_blocks) of a pool as (num_sequences, num_kv_heads, context, dim)."""
+    num_sequences, num_blocks = block_ids.shape
+    blocks = tensor.index_select(0, block_ids.reshape(-1))
+    return blocks.view(num_sequences, num_blocks * tensor.shape[1], *tensor.shape[2:]).transpose(1, 2)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from app.runner.torch.attention.attend import AttentionStyle, attend_many, attend_one
+from app.runner.torch.attention.attend import AttentionStyle
 from app.runner.torch.attention.context import AttentionContext
 from app.runner.torch.kv_cache import LayerShape, write_kv
 
@@ -47,49 +47,17 @@ def paged_attention(
 
     query is (1, num_heads, num_tokens, key_dim), key and value (1, num_kv_heads, num_tokens, ...), rotated.
     """
-    if isinstance(paged, AttentionContext):
-        style = AttentionStyle(scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
-        keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)  # (num_tokens, num_kv_heads, dim)
-        pool = paged.kv_cache.layer(_layer_index(module))
-        write_kv(pool, paged.batch.slots, keys, values)
-        return _attend(query, pool, paged, kwargs.get("sliding_window"), style)[None], None
     if isinstance(paged, ShapeProbe):
         _check(attention_mask, kwargs)
         paged.layers.append(LayerShape(_layer_index(module), key.shape[1], key.shape[3], value.shape[3]))
         return query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3])), None
+    if paged is not None:
+        style = AttentionStyle(scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+        keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)  # (num_tokens, num_kv_heads, dim)
+        pool = paged.kv_cache.layer(_layer_index(module))
+        write_kv(pool, paged.batch.slots, keys, values)
+        return paged.attend(query, pool, kwargs.get("sliding_window"), style)[None], None
     raise UnsupportedAttention("its layers do not pass the caller's keywords on to their attention")
-
-
-def _attend(
-    query: torch.Tensor,
-    pool: tuple[torch.Tensor, torch.Tensor],
-    context: AttentionContext,
-    window: int | None,
-    style: AttentionStyle,
-) -> torch.Tensor:
-    """(num_tokens, num_heads, value_dim); rows of padding tokens are zero."""
-    batch = context.batch
-    out = query.new_zeros((query.shape[2], query.shape[1], pool[1].shape[-1]))
-    for index, group in enumerate(batch.decode_groups):
-        span = slice(group.first_token, group.first_token + len(group.seq_lens))
-        gathered = context.decode(index, window)
-        keys, values = (_gather(tensor, gathered.block_ids) for tensor in pool)
-        assert gathered.mask is not None
-        out[span] = attend_one(query[0, :, span].transpose(0, 1), keys, values, gathered.mask, style)
-    for index, chunk in enumerate(batch.prefill_chunks):
-        span = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
-        gathered = context.prefill(index, window)
-        context_len = chunk.num_tokens if gathered.mask is None else gathered.mask.shape[1]
-        keys, values = (_gather(tensor, gathered.block_ids)[:, :, :context_len] for tensor in pool)
-        out[span] = attend_many(query[:, :, span], keys, values, gathered.mask, style)[0].transpose(0, 1)
-    return out
-
-
-def _gather(tensor: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
-    """Blocks (num_sequences, num_blocks) of a pool as (num_sequences, num_kv_heads, context, dim)."""
-    num_sequences, num_blocks = block_ids.shape
-    blocks = tensor.index_select(0, block_ids.reshape(-1))
-    return blocks.view(num_sequences, num_blocks * tensor.shape[1], *tensor.shape[2:]).transpose(1, 2)
 
 
 def _layer_index(module: torch.nn.Module) -> int:
