@@ -22,8 +22,8 @@ from loadtest.compare.peers import Peer, Places, default_peers_dir, named_peers,
 from loadtest.compare.probe import probe
 from loadtest.compare.report import write_report
 from loadtest.compare.results import Results, is_done, this_machine
-from loadtest.compare.server import Server, ServerFailed
-from loadtest.compare.session import session, with_peer
+from loadtest.compare.server import ServerFailed
+from loadtest.compare.session import Running, session, with_peer
 from loadtest.compare.weights import prepare_ggufs
 from loadtest.compare.workloads import WORKLOADS, Workload, run_config, select
 from loadtest.run import RunConfig
@@ -151,10 +151,10 @@ class Comparison:
         if not todo:
             return True
         try:
-            with session(peer, self._places) as (server, ready_s):
-                self._say(f"round {round_index + 1}, {peer.name} {version}: ready after {ready_s:.1f} s")
+            with session(peer, self._places) as running:
+                self._say(f"round {round_index + 1}, {peer.name} {version}: ready after {running.ready_s:.1f} s")
                 for workload in todo:
-                    self._measure(peer, version, workload, round_index, server=server, ready_s=ready_s)
+                    self._measure(peer, version, workload, round_index, running)
         except ServerFailed as error:
             self._say(f"{peer.name} failed and is left out: {error}")
             return False
@@ -164,12 +164,10 @@ class Comparison:
         known = self._results.measurements()
         return [w for w in self._workloads if not is_done(self._label(peer, version, w, round_index), known)]
 
-    def _measure(
-        self, peer: Peer, version: str, workload: Workload, round_index: int, *, server: Server, ready_s: float
-    ) -> None:
+    def _measure(self, peer: Peer, version: str, workload: Workload, round_index: int, running: Running) -> None:
         def config(attempt: int) -> RunConfig:
             plain = run_config(
-                workload, url=server.url, is_quick=self._is_quick, round_index=round_index, attempt=attempt
+                workload, url=running.url, is_quick=self._is_quick, round_index=round_index, attempt=attempt
             )
             return with_peer(plain, peer, self._places)
 
@@ -178,7 +176,15 @@ class Comparison:
             self._say(line(measurement))
 
         label = self._label(peer, version, workload, round_index)
-        measure(label, config, probe=probe, ready_s=ready_s, memory_bytes=server.memory_bytes, keep=keep)
+        measure(
+            label,
+            config,
+            load=running.load,
+            probe=probe,
+            ready_s=running.ready_s,
+            memory_bytes=running.memory_bytes,
+            keep=keep,
+        )
 
     def _label(self, peer: Peer, version: str, workload: Workload, round_index: int) -> Label:
         return Label(
@@ -234,10 +240,10 @@ def _check_client(results: Results, places: Places, workloads: Sequence[Workload
     tool = places.fill(BENCH_CLIENT)
     if not Path(tool).exists():
         raise ValueError(f"there is no {tool}, the other client; see {PAGE}")
-    with session(peer, places) as (server, _):
+    with session(peer, places) as running:
         turns = check(
             workloads,
-            url=server.url,
+            url=running.url,
             tool=Path(tool),
             model_name=places.model_name,
             tokenizer=places.model,

@@ -79,6 +79,7 @@ def measure(
     label: Label,
     config: Callable[[int], RunConfig],
     *,
+    load: Callable[[RunConfig], RunResult],
     probe: Callable[[], Peaks],
     ready_s: float,
     memory_bytes: Callable[[], int],
@@ -88,6 +89,7 @@ def measure(
 
     Args:
         config: the run of an attempt, by its number.
+        load: puts it on what is measured.
         probe: measures the machine's peaks.
     """
     attempts: list[Measurement] = []

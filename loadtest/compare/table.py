@@ -153,10 +153,11 @@ def _ratios(made: Sequence[Cell], peers: Sequence[Peer], workloads: Sequence[Wor
 
 
 def _opponents(ours: Peer, peers: Sequence[Peer]) -> list[tuple[str, list[Peer]]]:
-    """Those of the same precision, and all of them where that makes a difference."""
-    others = [peer for peer in peers if not peer.is_ours]
+    """Servers of the same precision, all of them where that makes a difference, and what has no HTTP to pay for."""
+    others = [peer for peer in peers if not peer.is_ours and not peer.is_in_process]
+    in_process = [peer for peer in peers if peer.is_in_process]
     same = [peer for peer in others if precision_class(peer.precision) == precision_class(ours.precision)]
-    groups = [("same precision", same), ("any precision", others)]
+    groups = [("same precision", same), ("any precision", others), ("in process", in_process)]
     return [(label, group) for label, group in groups if group and not (label == "any precision" and group == same)]
 
 

