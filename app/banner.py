@@ -28,20 +28,28 @@ def describe_model(folder: ModelFolder, limits: EngineLimits) -> list[tuple[str,
     ]
 
 
-def banner(folder: ModelFolder, limits: EngineLimits, *, urls: Sequence[str], model_name: str, needs_key: bool) -> str:
-    """The lines of a started server, with a command to paste at the end. The last URL has the metrics."""
+def banner(folder: ModelFolder, limits: EngineLimits, *, urls: Sequence[str], model_name: str, key: str | None) -> str:
+    """The lines of a started server, with a command to paste at the end. The last URL has the metrics.
+
+    `key` is what the command sends as the API key, as it stands between double quotes in a shell.
+    """
     url = urls[0]
     request = (
         f'{{"model": "{model_name}", "prompt": "The sea is", "max_tokens": 32, "temperature": 0.2, "stream": true}}'
     )
-    key = """ -H "authorization: Bearer $HEADWATER_API_KEY\"""" if needs_key else ""
-    curl = f"curl {url}/v1/completions{key} -H 'content-type: application/json' -d '{request}'"
+    header = "" if key is None else f' -H "authorization: Bearer {key}"'
+    curl = f"curl {url}/v1/completions{header} -H 'content-type: application/json' -d '{request}'"
     lines = [
         ("url", f"{url}/v1   (docs at {url}/docs, metrics at {urls[-1]}/metrics)"),
         ("page", f"{url}/"),
         *describe_model(folder, limits),
     ]
     return f"Headwater {__version__} is ready\n{table(lines)}\n\n{curl}\n"
+
+
+def shown_in_shell(text: str) -> str:
+    """A name for people within a command: what a shell would read is left out."""
+    return "".join(char if char.isalnum() or char in "._-" else "_" for char in text)
 
 
 def table(lines: list[tuple[str, str]]) -> str:

@@ -5,18 +5,18 @@ its own engine. `headwater serve` (`app.serve`) starts the engine first and impo
 loads.
 """
 
-import os
 from pathlib import Path
 
 from fastapi import FastAPI
 
 from app import __version__
+from app.access import make_keys, make_metrics_keys
 from app.api.admission import Admission, AdmissionLimits
 from app.api.app import create_app as create_api
 from app.api.deps import ApiLimits, OpenAIDefaults, ServerContext
 from app.api.hosts import loopback_hosts
 from app.api.kept import KeptStreams
-from app.api.keys import KeyRing
+from app.api.key_ring import KeyRing
 from app.api.responses_store import ResponseStore
 from app.api.schemas.field_rules import UnknownFields
 from app.client.engine_client import EngineClient
@@ -26,7 +26,7 @@ from app.core.config import EngineConfig
 from app.observability.logging import configure_logging
 from app.observability.metrics import Metrics
 from app.observability.tracing import RequestTracer, make_tracer
-from app.settings import API_KEY_VARIABLE, Settings, load_settings
+from app.settings import Settings, load_settings
 from app.store import ModelFolder
 from app.text.chat_template import ChatTemplate
 from app.text.reasoning import FORMS, ReasoningForm
@@ -127,21 +127,6 @@ def choose_reasoning(parser: str, template: ChatTemplate | None) -> ReasoningFor
     if parser == "auto":
         return FORMS["qwen3"] if template is not None and template.shows_reasoning else None
     return FORMS.get(parser)
-
-
-def make_keys(settings: Settings) -> KeyRing | None:
-    """The API keys of file and environment; None where neither is given. Raises ConfigurationError."""
-    file = None if settings.api_key_file is None else Path(settings.api_key_file)
-    key = os.environ.get(API_KEY_VARIABLE)
-    if file is None and key is None:
-        return None
-    return KeyRing(file=file, keys=() if key is None else (key,))
-
-
-def make_metrics_keys(settings: Settings) -> KeyRing | None:
-    """Keys for /metrics alone. A null device, which compose mounts where there is no file, is none."""
-    file = None if settings.metrics_key_file is None else Path(settings.metrics_key_file)
-    return None if file is None or file.is_char_device() else KeyRing(file=file)
 
 
 def allowed_hosts(listens_on: str | None, keys: KeyRing | None) -> tuple[str, ...] | None:

@@ -17,10 +17,12 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from app import __version__
-from app.banner import banner, describe_model, table
+from app.access import make_keys, make_metrics_keys
+from app.banner import banner, describe_model, shown_in_shell, table
 from app.client.process import EngineLaunch, EngineProcess
 from app.console import answer, remark
 from app.core.config import EngineConfig
@@ -54,6 +56,7 @@ CLOSE_SECONDS = 5
 def serve(settings: Settings) -> int:
     """Serve until a signal; returns the exit code. Raises ConfigurationError."""
     _check_exposure(settings)
+    _check_files(settings)
     listeners = [_listen(settings.host, settings.port)]
     if settings.metrics_listen is not None:
         listeners.append(_listen(*split_address(settings.metrics_listen), advice="another --metrics-listen"))
@@ -69,6 +72,7 @@ def serve(settings: Settings) -> int:
 def check(settings: Settings) -> int:
     """Load the model as `serve` would, print what was decided, and end. Raises ConfigurationError."""
     _check_exposure(settings)
+    _check_files(settings)
     configure_logging(level=settings.log_level, form=settings.log_format)
     return asyncio.run(_check(settings, _start_engine(settings, find_model(settings))))
 
@@ -109,7 +113,7 @@ async def _check(settings: Settings, start: _Start) -> int:
     client = main.make_engine_client(settings, start.config, launch=start.launch, metrics=metrics, first=start.engine)
     await client.start()
     try:
-        # Keys, template and whatever else `serve` would refuse.
+        # The model's template and whatever else `serve` would refuse.
         main.make_context(settings, start.folder, metrics=metrics, engine=client, runs_engine=False)
         answer(table(describe_model(start.folder, await client.wait_ready(settings.load_timeout))))
     finally:
@@ -200,7 +204,7 @@ async def _run(
                     for listener in listeners
                 ],
                 model_name=context.model_names[0],
-                needs_key=context.keys is not None,
+                key=_key_to_paste(settings),
             )
 
         gc.collect()
@@ -257,6 +261,15 @@ async def _let_finish(client: "LocalEngineClient", *, grace: float, timeout: flo
     await client.drain(timeout)
 
 
+def _key_to_paste(settings: Settings) -> str | None:
+    """The key in the command that the banner shows, as a shell reads it; None where none is needed."""
+    if API_KEY_VARIABLE in os.environ:
+        return f"${API_KEY_VARIABLE}"
+    # Pasted into a shell without it, this says what is missing, and nothing is sent.
+    file = None if settings.api_key_file is None else Path(settings.api_key_file).name
+    return None if file is None else f"${{{API_KEY_VARIABLE}:?set it to a key of {shown_in_shell(file)}}}"
+
+
 def _grace(settings: Settings) -> float:
     """Load balancers find out from /ready; nobody balances what only this machine reaches."""
     if settings.drain_grace is not None:
@@ -283,6 +296,18 @@ def _check_exposure(settings: Settings) -> None:
             f"headwater: whoever reaches {settings.host}:{settings.port} may use this server: "
             "set --api-key-file, or listen on 127.0.0.1"
         )
+
+
+def _check_files(settings: Settings) -> None:
+    """Read the operator's files as the application will: what is wrong with them ends the start before anybody can
+    connect. Raises ConfigurationError.
+    """
+    make_keys(settings)
+    make_metrics_keys(settings)
+    if settings.chat_template is not None:
+        from app.text.chat_template import ChatTemplate
+
+        ChatTemplate.check(Path(settings.chat_template))
 
 
 def _is_loopback(host: str) -> bool:

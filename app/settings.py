@@ -24,6 +24,11 @@ level."""
 _SERVICE_LINK = re.compile(rf"{ENV_PREFIX}(SERVICE_|PORT_\d+_)")
 """Variables that Kubernetes sets in every pod for a service called headwater."""
 
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
+"""As browsers send it: a scheme, a host and perhaps a port, no path."""
+_HTTP_URL = re.compile(r"https?://[^/\s?#]+(/[^\s#]*)?")
+
 OFFLINE_MODEL = "rill-stories-3m"
 """The model that comes with Headwater."""
 
@@ -102,9 +107,13 @@ class Settings(BaseSettings):
     )
     kv_cache_gib: float | None = Field(None, gt=0, description="memory for the KV cache, GiB; default: by free memory")
     num_kv_blocks: int | None = Field(None, ge=1, description="KV cache size in blocks, over --kv-cache-gib")
-    block_size: int | None = Field(None, ge=1, description="tokens per KV block; default 64 on CPU, 16 on GPU")
+    block_size: int | None = Field(
+        None, ge=1, description="tokens per KV block; default 64 on CPU, the native tier's only one, and 16 on GPU"
+    )
     enable_prefix_caching: bool = Field(True, description="share the KV of equal prompt prefixes")
-    num_threads: int | None = Field(None, ge=1, description="threads that compute; default: from the cores given to us")
+    num_threads: int | None = Field(
+        None, ge=1, le=1024, description="threads that compute; default: from the cores given to us"
+    )
 
     docs: bool = Field(True, description="serve the API's description at /docs and /openapi.json")
     page: bool = Field(True, description="answer browsers at / with a page to try the model and watch the engine")
@@ -163,6 +172,28 @@ class Settings(BaseSettings):
     def _is_address(cls, value: str | None) -> str | None:
         if value is not None:
             split_address(value)
+        return value
+
+    @field_validator("root_path")
+    @classmethod
+    def _is_path(cls, value: str) -> str:
+        if value and not _ROOT_PATH.fullmatch(value):
+            raise ValueError("takes a path such as /llm, with a / in front and none at the end")
+        return value
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"takes origins such as https://app.example:8443, or *, and not {origin!r}")
+        return value
+
+    @field_validator("otlp_traces_endpoint")
+    @classmethod
+    def _is_http_url(cls, value: str | None) -> str | None:
+        if value is not None and not _HTTP_URL.fullmatch(value):
+            raise ValueError("takes a URL such as http://127.0.0.1:4318/v1/traces")
         return value
 
     @field_validator("metrics_prefix")

@@ -72,7 +72,7 @@ def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
         routers.append(metrics.routes(context))
     if context.docs:
         routers.append(docs.routes(app))
-    _serve(app, routers)
+    routes = _serve(app, routers)
     # The last one added is the outermost: a preflight carries no key, and every answer is logged.
     app.add_middleware(KeyLayer, keys=context.keys, metrics_keys=context.metrics_keys)
     if context.allowed_origins:
@@ -85,7 +85,7 @@ def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
         )
     if context.allowed_hosts is not None:
         app.add_middleware(HostLayer, allowed_hosts=context.allowed_hosts)
-    app.add_middleware(RequestLayer, metrics=context.metrics, tracer=context.tracer)
+    app.add_middleware(RequestLayer, routes=routes, metrics=context.metrics, tracer=context.tracer)
     add_schemas(app, unknown=context.limits.unknown_fields)
     return app
 
@@ -93,16 +93,16 @@ def create_app(context: ServerContext, *, root_path: str = "") -> FastAPI:
 def create_metrics_app(context: ServerContext, *, allowed_hosts: tuple[str, ...] | None) -> FastAPI:
     """The application that serves `/metrics` alone, for an address of its own."""
     app = FastAPI(redirect_slashes=False, openapi_url=None, docs_url=None, redoc_url=None)
-    _serve(app, [metrics.routes(context)])
+    routes = _serve(app, [metrics.routes(context)])
     app.add_middleware(KeyLayer, keys=context.keys, metrics_keys=context.metrics_keys)
     if allowed_hosts is not None:
         app.add_middleware(HostLayer, allowed_hosts=allowed_hosts)
-    app.add_middleware(RequestLayer, metrics=context.metrics)
+    app.add_middleware(RequestLayer, routes=routes, metrics=context.metrics)
     return app
 
 
-def _serve(app: FastAPI, routers: Sequence[APIRouter]) -> None:
-    """Their routes, and every error in our form."""
+def _serve(app: FastAPI, routers: Sequence[APIRouter]) -> list[BaseRoute]:
+    """Their routes, which are returned, and every error in our form."""
     for router in routers:
         app.include_router(router)
     routes = [route for router in routers for route in router.routes]
@@ -110,6 +110,7 @@ def _serve(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     app.add_exception_handler(HTTPException, partial(_answer_http_error, routes))
     app.add_exception_handler(ClientDisconnected, _answer_nobody)
     app.add_exception_handler(RequestValidationError, _answer_invalid_parameter)
+    return routes
 
 
 def _lifespan_of(context: ServerContext) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:

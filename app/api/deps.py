@@ -6,7 +6,7 @@ from typing import Protocol
 
 from app.api.admission import Admission
 from app.api.kept import KeptStreams
-from app.api.keys import KeyRing
+from app.api.key_ring import KeyRing
 from app.api.responses_store import ResponseStore
 from app.api.schemas.field_rules import UnknownFields
 from app.client.engine_client import EngineClient

@@ -7,8 +7,10 @@ holds a body.
 import logging
 import re
 import secrets
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import HeadTooLarge
@@ -31,8 +33,12 @@ _api = logging.getLogger("headwater.api")
 class RequestLayer:
     """Wraps the application for each HTTP request."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, tracer: RequestTracer | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, *, routes: Sequence[BaseRoute], metrics: Metrics, tracer: RequestTracer | None = None
+    ) -> None:
+        """`routes` name a request that no route has seen, since it was refused before."""
         self._app = app
+        self._routes = routes
         self._metrics = metrics
         self._tracer = tracer
 
@@ -72,7 +78,10 @@ class RequestLayer:
 
     def _account(self, scope: Scope, record: RequestRecord) -> None:
         # Only routes of ours become label values and log fields: paths are the client's text.
-        route = getattr(scope.get("route"), "path", _UNMATCHED)
+        seen = scope.get("route") or next(
+            (one for one in self._routes if one.matches(scope)[0] is not Match.NONE), None
+        )
+        route = getattr(seen, "path", _UNMATCHED)
         self._metrics.count_response(handler=route, method=_method(scope), status=record.status)
         client = scope.get("client")
         facts = {

@@ -15,7 +15,7 @@ from app.api.cursor import LAST_EVENT_ID, MAX_CURSOR_CHARS
 from app.api.deadline import MAX_SECONDS
 from app.api.errors import BodyTimeout, ErrorBody, MessagesErrorBody, ResumeConflict, Unauthorized, kind_of
 from app.api.openapi_rules import add_rules
-from app.api.schemas import chat, completions, engine, messages, responses, server, tokens
+from app.api.schemas import chat, completions, engine, messages, responses, responses_input, server, tokens
 from app.api.schemas import responses_events as events
 from app.api.schemas.field_rules import FieldTable, UnknownFields
 from app.api.schemas.fields import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES, RESPONSES
@@ -60,6 +60,7 @@ _TYPES: tuple[type[msgspec.Struct], ...] = (
     responses.ResponsesRequest,
     responses.ResponseObject,
     responses.DeletedResponse,
+    responses_input.InputItemList,
     *_RESPONSES_EVENTS,
     server.ModelEntry,
     server.ModelList,

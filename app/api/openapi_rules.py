@@ -34,8 +34,6 @@ def add_rules(schemas: dict[str, Schema]) -> None:
         schemas[name] |= branches
     for name in ("ChatRequest", "CompletionRequest"):
         _replace(schemas[name]["properties"]["truncate_prompt_tokens"], _truncation())
-        request_id = schemas[name]["properties"]["request_id"]["anyOf"][0]
-        request_id["pattern"] = request_id["pattern"].replace(r"\Z", "$")  # in ECMA's expressions nothing follows `$`
     for name in ("ChatRequest", "CompletionRequest", "ResponsesRequest"):
         ids = schemas[name]["properties"]["logit_bias"]["anyOf"][0]
         ids["propertyNames"] = {"pattern": "^(0|[1-9][0-9]{0,17})$"}
@@ -43,6 +41,19 @@ def add_rules(schemas: dict[str, Schema]) -> None:
     for name in ("MessagesRequest", "CountTokensRequest"):
         system = {"type": "array", "items": _text_block()}
         _replace(schemas[name]["properties"]["system"], {"anyOf": [_TEXT, system, _NULL]})
+    _respell_patterns(schemas)
+
+
+def _respell_patterns(node: object) -> None:
+    """In ECMA's expressions the end is `$`, and nothing follows it; in Python's a newline may."""
+    if isinstance(node, dict):
+        if isinstance(pattern := node.get("pattern"), str):
+            node["pattern"] = pattern.replace(r"\Z", "$")
+        for value in node.values():
+            _respell_patterns(value)
+    elif isinstance(node, list):
+        for value in node:
+            _respell_patterns(value)
 
 
 def _replace(schema: Schema, better: Schema) -> None:

@@ -90,9 +90,10 @@ class PortableStream:
 
     @property
     def source(self) -> Source | None:
-        """The dearest of its choices; None for a new stream."""
-        sources = [start.source for start in self.starts if start.source is not None]
-        return max(sources, default=None)
+        """The dearest of its choices; None for a new stream. Where the client has all tokens, none is needed."""
+        if all(start.at is None for start in self.starts):
+            return None
+        return max([start.source for start in self.starts if start.source is not None], default=Source.JOURNAL)
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:

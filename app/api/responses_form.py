@@ -93,7 +93,7 @@ class ResponsesEndpoint:
         def keep(response: ResponseObject, body: bytes) -> None:
             turns = Turns((), model=model, knows_developer=True)
             turn = Turn([*prompt.new_messages, *turns.of_output(response.output)], previous)
-            store.add(tenant, response.id, StoredResponse(body, turn))
+            store.add(tenant, response.id, StoredResponse(body, bytes(fields["input"]), turn))
 
         def make_form(head: AnswerHead, texts: Sequence[SequenceText]) -> ResponsesForm:
             begun = _begun_response(head, request, texts[0], is_stored=keeps)

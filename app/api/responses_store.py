@@ -48,7 +48,14 @@ class StoredResponse:
 
     body: bytes
     """As JSON."""
+    input: bytes
+    """What was sent as the request's input, as JSON."""
     turn: Turn
+
+    @property
+    def num_bytes(self) -> int:
+        """Without its turn, which others may share."""
+        return len(self.body) + len(self.input)
 
 
 class ResponseStore:
@@ -78,12 +85,12 @@ class ResponseStore:
 
     def add(self, tenant: str, response_id: str, response: StoredResponse) -> None:
         """Store it; others make room. One that alone exceeds the limits is not stored."""
-        size = len(response.body) + response.turn.num_bytes
+        size = response.num_bytes + response.turn.num_bytes
         if not self.is_on or size > self._max_bytes:
             return
         self._tenants.setdefault(tenant, OrderedDict())[response_id] = response
         self.num_responses += 1
-        self._count(tenant, len(response.body))
+        self._count(tenant, response.num_bytes)
         self._use(tenant, response.turn)
         while self.num_responses > self._max_responses or self.num_bytes > self._max_bytes:
             largest = max(self._num_tenant_bytes, key=self._num_tenant_bytes.__getitem__)
@@ -96,7 +103,7 @@ class ResponseStore:
         if held is None or response is None:
             return False
         self.num_responses -= 1
-        self._count(tenant, -len(response.body))
+        self._count(tenant, -response.num_bytes)
         self._leave(tenant, response.turn)
         if not held:
             del self._tenants[tenant], self._num_tenant_bytes[tenant]

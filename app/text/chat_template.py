@@ -77,6 +77,11 @@ class ChatTemplate:
         sources = _read_sources(model_dir, override)
         return cls(sources, special_tokens=read_special_tokens(model_dir)) if sources else None
 
+    @classmethod
+    def check(cls, file: Path) -> None:
+        """Raises ConfigurationError where the operator's file cannot be read or does not parse."""
+        cls(_read_sources(file.parent, file), special_tokens={})
+
     def render(
         self,
         messages: Sequence[Mapping[str, object]],

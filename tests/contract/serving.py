@@ -19,7 +19,7 @@ from app.api.app import create_app
 from app.api.connections import ConnectionRoom
 from app.api.deps import ApiLimits, OpenAIDefaults, SamplingDefaults, ServerContext
 from app.api.kept import KeptStreams
-from app.api.keys import KeyRing
+from app.api.key_ring import KeyRing
 from app.api.protocol import BoundedHttpProtocol
 from app.api.responses_store import ResponseStore
 from app.client.engine_client import EngineClient

@@ -73,7 +73,8 @@ ROWS: list[tuple[str, Any, int, str | None]] = [
     ("seed-high", {"prompt": "a", "seed": 2**63}, 400, "seed"),
     ("seed-low", {"prompt": "a", "seed": -(2**63) - 1}, 400, "seed"),
     ("bias-outside", {"prompt": "a", "logit_bias": {"303": 1}}, 400, "logit_bias"),
-    ("bias-high", {"prompt": "a", "logit_bias": {"3": 101}}, 400, "logit_bias[...]"),
+    ("bias-high", {"prompt": "a", "logit_bias": {"3": 101}}, 400, "logit_bias"),
+    ("bias-no-number", {"prompt": "a", "logit_bias": {"3": "x"}}, 400, "logit_bias"),
     ("bias-1025", {"prompt": "a", "logit_bias": {str(i): 1 for i in range(1025)}}, 400, "logit_bias"),
     ("allowed-empty", {"prompt": "a", "allowed_token_ids": []}, 400, "allowed_token_ids"),
     ("allowed-outside", {"prompt": "a", "allowed_token_ids": [303]}, 400, "allowed_token_ids"),
@@ -98,6 +99,7 @@ ROWS: list[tuple[str, Any, int, str | None]] = [
 RAW_ROWS: list[tuple[str, bytes, str | None]] = [
     ("broken", b'{"prompt": "a"', None),
     ("empty", b"", None),
+    ("blank", b" \r\n", None),
     ("not-an-object", b'["prompt"]', None),
     ("trailing", b'{"prompt": "a"} x', None),
     ("single-quotes", b"{'prompt': 'a'}", None),

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from app.api.hosts import loopback_hosts
-from app.api.keys import KeyRing
+from app.api.key_ring import KeyRing
 from app.main import allowed_hosts
 from tests.contract.serving import FakeServer, fake_server
 

@@ -9,9 +9,9 @@ from typing import Any
 import openai
 import pytest
 
-from app.api.keys import KeyRing
+from app.access import make_keys, make_metrics_keys
+from app.api.key_ring import KeyRing
 from app.core.errors import ConfigurationError
-from app.main import make_keys, make_metrics_keys
 from app.serve import _check_exposure
 from app.settings import load_settings
 from tests.contract.serving import MODEL, TEXT, FakeServer, fake_server, wait_until
@@ -115,6 +115,7 @@ def test_the_log_names_the_key_by_its_hash(locked: FakeServer, caplog: pytest.Lo
     assert [one["status"] for one in facts] == [200, 401]
     assert len(str(facts[0]["key_id"])) == 12 and facts[0]["key_name"] == "alice"
     assert facts[1]["key_id"] is None and facts[1]["error"] == "invalid_api_key"
+    assert [one["route"] for one in facts] == ["/v1/completions"] * 2
     text = json.dumps([str(one) for one in facts])
     assert ALICE not in text and "wrong-" not in text
 
@@ -137,8 +138,16 @@ def test_a_changed_file_takes_effect(tmp_path: Path, caplog: pytest.LogCaptureFi
     file.unlink()
     assert ring.find(BOB) is not None
     now[0] = 7
+    for blank in ("", " \n\n"):
+        caplog.clear()
+        file.write_text(blank)
+        assert ring.find(BOB) is not None, "a file that is being written locks nobody out"
+        assert [record.levelname for record in caplog.records] == ["ERROR"] and "is empty" in caplog.text
+        now[0] += 2
+    caplog.clear()
     file.write_text("# nobody\n")
-    assert ring.find(BOB) is None, "an empty file lets nobody in"
+    assert ring.find(BOB) is None, "comments alone let nobody in"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_the_same_key_has_the_same_id_everywhere(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import anthropic
 import pytest
 
 from app.api.deps import ApiLimits
-from app.api.keys import KeyRing
+from app.api.key_ring import KeyRing
 from app.api.schemas.field_rules import UnknownFields
 from app.client.engine_client import EngineState
 from tests.contract.serving import MODEL, TEXT, FakeServer, fake_server, message_events_of, wait_until

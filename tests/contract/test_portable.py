@@ -10,7 +10,7 @@ from app.api.admission import AdmissionLimits
 from app.api.cursor import Cursor
 from app.api.deps import ApiLimits
 from app.api.kept import KeptStreams
-from app.api.keys import KeyRing
+from app.api.key_ring import KeyRing
 from app.text import ChatTemplate
 from app.text.reasoning import FORMS
 from tests.contract.serving import MODEL, FakeServer, fake_server, wait_until
@@ -114,8 +114,9 @@ def test_cut_behind_every_event_it_goes_on_without_a_byte_of_difference(
         token_ids = token_ids_of(sent, len(whole.choices)) if way == "tokens" else None
         rest = events_of(resumed(other, body, path, cursor=sent[-1].id, token_ids=token_ids))
         assert said(sent + rest) == whole, f"cut behind event {count}"
-    again = events_of(resumed(other, body, path, cursor=events[-1].id))
-    assert [event.data for event in again] == ["[DONE]"]
+    response = resumed(other, body, path, cursor=events[-1].id)
+    assert [event.data for event in events_of(response)] == ["[DONE]"]
+    assert response.headers["headwater-resumed"] == "journal"
 
 
 def test_cut_again_and_again_it_goes_on_from_where_the_last_cut_was(first: FakeServer, second: FakeServer) -> None:

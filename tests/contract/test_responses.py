@@ -9,7 +9,7 @@ import pydantic
 import pytest
 from openai.types.responses import ResponseFunctionToolCall, ResponseOutputMessage
 
-from app.api.keys import KeyRing
+from app.api.key_ring import KeyRing
 from app.api.responses_store import ResponseStore
 from app.client.engine_client import EngineState
 from tests.contract.serving import MODEL, TEXT, FakeServer, fake_server, message_events_of, wait_until
@@ -367,6 +367,66 @@ def test_a_stored_conversation_is_gone_on_with(server: FakeServer, client: opena
     assert deleted.json() == {"id": second.id, "object": "response", "deleted": True}
 
 
+def test_what_a_stored_response_was_asked_with(server: FakeServer, client: openai.OpenAI) -> None:
+    given: list[Any] = [
+        {"role": "system", "content": "Be kind."},
+        {
+            "role": "user",
+            "content": [{"type": "input_text", "text": "北京 🌍"}, {"type": "input_text", "text": "Now?"}],
+        },
+        {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "A clock."}]},
+        CALL,
+        {"type": "function_call_output", "call_id": "c1", "output": "noon"},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+        {"role": "assistant", "content": "Noon."},
+        {"type": "message", "role": "user", "content": "And?"},
+    ]
+    answer = client.responses.create(model=MODEL, input=given)
+    items = list(client.responses.input_items.list(answer.id, order="asc", limit=3))
+    shown = [item.to_dict() for item in items]
+    assert len({item.pop("id") for item in shown}) == len(given)
+    assert {item.pop("status") for item in shown} == {"completed"}
+    assert shown == [
+        {"type": "message", "role": "system", "content": [{"type": "input_text", "text": "Be kind."}]},
+        {"type": "message", "role": "user", "content": given[1]["content"]},
+        {"type": "reasoning", "summary": given[2]["summary"], "content": []},
+        CALL,
+        given[4],
+        {"type": "message", **given[5]},
+        {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "Noon.", "annotations": [], "logprobs": []}],
+        },
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "And?"}]},
+    ]
+    first_page = client.responses.input_items.list(answer.id, limit=2)
+    assert [item.id for item in first_page.data] == [items[-1].id, items[-2].id] and first_page.has_more
+    rest = client.responses.input_items.list(answer.id, after=items[-2].id)
+    assert [item.id for item in rest.data] == [item.id for item in reversed(items[:-2])] and not rest.has_more
+    with pytest.raises(openai.BadRequestError, match="no item of this response"):
+        client.responses.input_items.list(answer.id, after="nowhere")
+    for fields in ({"limit": 0}, {"limit": 101}, {"order": "up"}):
+        refused = server.http.get(f"{ROUTE}/{answer.id}/input_items", params=fields)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, next(iter(fields)))
+    text = client.responses.create(model=MODEL, input="Hi", previous_response_id=answer.id)
+    (only,) = client.responses.input_items.list(text.id)
+    assert only.type == "message" and only.to_dict()["content"] == [{"type": "input_text", "text": "Hi"}]
+    client.responses.delete(text.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.input_items.list(text.id)
+
+
+def test_a_response_that_ended_cannot_be_cancelled(server: FakeServer, client: openai.OpenAI) -> None:
+    answer = client.responses.create(model=MODEL, input="Hi")
+    with pytest.raises(openai.BadRequestError, match="background") as refused:
+        client.responses.cancel(answer.id)
+    assert refused.value.code == "response_not_cancellable"
+    with pytest.raises(openai.NotFoundError):
+        client.responses.cancel("resp_none")
+    assert client.responses.retrieve(answer.id).status == "completed"
+
+
 def test_a_client_that_goes_away_leaves_nothing_stored(server: FakeServer, client: openai.OpenAI) -> None:
     before = server.context.responses.num_responses
     server.engine.hold_at = 2
@@ -389,7 +449,8 @@ def test_responses_are_there_for_their_own_key_alone() -> None:
         ):
             answer = mine.responses.create(model=MODEL, input="Hi", max_output_tokens=5)
             assert mine.responses.retrieve(answer.id).id == answer.id
-            for call in (other.responses.retrieve, other.responses.delete):
+            calls = (other.responses.retrieve, other.responses.delete, other.responses.cancel)
+            for call in (*calls, other.responses.input_items.list):
                 with pytest.raises(openai.NotFoundError):
                     call(answer.id)
             with pytest.raises(openai.BadRequestError, match="not found"):

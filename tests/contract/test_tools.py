@@ -263,6 +263,7 @@ def bomb(levels: int) -> dict[str, Any]:
         ({"tools": [function(parameters={"type": ["object", "null"]})]}, "tools[0].function.parameters"),
         ({"tools": [function(parameters=[1])]}, "tools[0].function.parameters"),
         ({"tools": [function(name="a b")]}, "tools[0].function.name"),
+        ({"tools": [function(name="clock\n")]}, "tools[0].function.name"),
         ({"tools": [function(), function()]}, "tools[1]"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),

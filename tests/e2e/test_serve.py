@@ -39,6 +39,14 @@ def serving(log: Path, *flags: str, **scripted: object) -> Iterator[tuple[subpro
         yield process, url
 
 
+def command_of(log: Path) -> str:
+    """The command that the banner tells to paste, once it is there."""
+    deadline = time.monotonic() + 10
+    while "\ncurl " not in (text := log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return next(line for line in text.splitlines() if line.startswith("curl "))
+
+
 def request(**fields: object) -> dict[str, object]:
     return {"model": default_model(), "prompt": "hello", "max_tokens": 40, "ignore_eos": True, "stream": True, **fields}
 
@@ -91,12 +99,10 @@ async def test_a_second_signal_ends_streams_with_an_error_event(tmp_path: Path) 
 def test_the_banner_says_what_readme_promises(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with serving(log) as (_, url):
-        deadline = time.monotonic() + 10
-        while "curl" not in (text := log.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        command = command_of(log)
+        text = log.read_text()
         for fact in (f"{url}/v1", "Apache-2.0", "scripted", "room for", f"curl {url}/v1/completions"):
             assert fact in text
-        command = next(line for line in text.splitlines() if line.startswith("curl "))
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
         assert done.stdout.rstrip().endswith("data: [DONE]")
 
@@ -121,6 +127,13 @@ def test_metrics_apart_ask_for_keys_as_well(tmp_path: Path) -> None:
     scrape.write_text("scrape-0123456789abcdef\n")
     flags = ("--metrics-listen", f"127.0.0.1:{port}", "--api-key-file", str(keys), "--metrics-key-file", str(scrape))
     with serving(log, *flags):
+        command = command_of(log)
+        # A shell that knows no key says so and sends nothing; with one, it streams.
+        env = {name: value for name, value in os.environ.items() if name != "HEADWATER_API_KEY"}
+        for key, code, said in ((None, 1, "set it to a key of keys"), ("0123456789abcdef", 0, "data: [DONE]")):
+            one = env if key is None else env | {"HEADWATER_API_KEY": key}
+            done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30, env=one)
+            assert (done.returncode != 0) == (code != 0) and said in done.stdout + done.stderr
         address = f"http://127.0.0.1:{port}/metrics"
         assert httpx.get(address).status_code == 401
         for key in ("0123456789abcdef", "scrape-0123456789abcdef"):
@@ -185,6 +198,7 @@ async def test_a_grace_serves_new_requests_while_ready_says_draining(tmp_path: P
             while (ready := await client.get("/ready")).status_code == 200:
                 pass
             assert ready.json()["state"] == "draining" and "retry-after" in ready.headers
+            assert "is ready" not in ready.json()["detail"] and "may finish" in ready.json()["detail"]
             assert (await client.get("/health")).status_code == 200
             answer = await client.post("/v1/completions", json=request(stream=False, max_tokens=2))
             assert answer.json()["usage"]["completion_tokens"] == 2
@@ -253,3 +267,14 @@ def test_check_refuses_what_serve_would_refuse(tmp_path: Path, flags: tuple[str,
     with started(log, "-m", "app.cli", "check", "--tier", "scripted", *flags) as process:
         assert process.wait(60) == 2
     assert named in log.read_text()
+
+
+@pytest.mark.parametrize("flag", ["--api-key-file", "--metrics-key-file", "--chat-template"])
+def test_files_are_read_before_anybody_can_connect(tmp_path: Path, flag: str) -> None:
+    file, log = tmp_path / "file", tmp_path / "log"
+    file.write_text("{% if %}")  # neither a template nor a key
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # had it listened first, it would say that
+        port = str(taken.getsockname()[1])
+        with started(log, "-m", "app.cli", "serve", "--offline", "--port", port, flag, str(file)) as process:
+            assert process.wait(EXIT_SECONDS) == 2
+    assert "listen" not in log.read_text() and ("template" if "template" in flag else str(file)) in log.read_text()

@@ -34,6 +34,8 @@ RULES: tuple[Rule, ...] = (
     _rule("template and tools", 400, r"chat template shows it no tools|this model's calls are JSON, too", _MODEL),
     _rule("stored response", 404, r"^No response with id `.*` is stored", _STORE),
     _rule("previous response", 400, r"^Previous response with id `.*` not found", _STORE),
+    _rule("item of a response", 400, r"^`after` is `.*`, which is no item of this response", _STORE),
+    _rule("nothing to cancel", 400, r"^Only a response made with `background: true` can be cancelled", _STORE),
     _rule("template", 400, r"^the model's chat template refuses these messages", _MODEL),
     _rule(
         "form of numbers", 400, r"a whole number is written without fraction and exponent", "1.0 is an integer to it"

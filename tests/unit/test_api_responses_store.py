@@ -10,7 +10,7 @@ def message(text: str) -> Message:
 
 
 def stored(text: str, previous: Turn | None = None, *, body: bytes = b"{}") -> StoredResponse:
-    return StoredResponse(body, Turn([message(text)], previous))
+    return StoredResponse(body, b'"sent"', Turn([message(text)], previous))
 
 
 def texts(turn: Turn) -> list[object]:
@@ -39,7 +39,7 @@ def test_a_conversation_outlives_the_responses_that_it_came_through() -> None:
     assert store.num_bytes == 0
     store.add("", "3", third)
     assert texts(third.turn) == ["one", "two", "three"]
-    assert store.num_bytes == len(third.body) + sum(turn.num_bytes for turn in (first.turn, second.turn, third.turn))
+    assert store.num_bytes == third.num_bytes + sum(turn.num_bytes for turn in (first.turn, second.turn, third.turn))
 
 
 def test_the_oldest_makes_room_and_what_was_used_is_young() -> None:
@@ -99,6 +99,6 @@ def test_counts_are_what_is_held_whatever_happens() -> None:
             while turn is not None:
                 turns.add(turn)
                 turn = turn.previous
-        size = sum(len(one.body) for one in alive) + sum(turn.num_bytes for turn in turns)
+        size = sum(one.num_bytes for one in alive) + sum(turn.num_bytes for turn in turns)
         assert (store.num_responses, store.num_bytes) == (len(alive), size)
         assert len(alive) <= 20 and size <= 60_000

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from app.core.config import EngineConfig
+from app.core.errors import ConfigurationError
+from app.core.memory import EngineMemory
 from app.runner.base import TierUnavailable
+from app.runner.memory import num_cpus
 from app.runner.native import build, load
 from app.runner.native.levels import ISA_VARIABLE, LEVELS, choose_level
 from app.runner.native.library import Library
@@ -117,13 +120,26 @@ def test_a_broken_library_is_refused(tmp_path: Path) -> None:
         ({"device": "cuda"}, "device is cuda"),
         ({"dtype": "float32"}, "dtype is float32"),
         ({"quantization": "int3"}, "no quantization 'int3'"),
-        ({"block_size": 16}, "block size is 16"),
     ],
 )
 def test_settings_that_it_does_not_serve(settings: dict[str, str | int], reason: str, tmp_path: Path) -> None:
     with pytest.raises(TierUnavailable) as refused:
         load(EngineConfig(model_dir=str(tmp_path), **settings))  # type: ignore[arg-type]
     assert reason in refused.value.reason
+
+
+def test_a_block_size_that_would_cost_the_tier_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"--block-size 7: .* blocks of 64 tokens.*--tier any"):
+        load(EngineConfig(model_dir=str(tmp_path), block_size=7, num_kv_blocks=8), EngineMemory())
+
+
+def test_more_threads_than_cores_are_told(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    cores = num_cpus()
+    runner = load(EngineConfig(model_dir=str(tmp_path), num_kv_blocks=8, num_threads=cores + 1), EngineMemory())
+    assert f"{cores + 1} threads on {cores} core" in runner.info.tier_reason
+    runner.close()
 
 
 def test_a_loaded_native_tier_has_no_torch(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Flags over variables over defaults; every mistake is one sentence that names the setting."""
 
+import re
+
 import pytest
 
 from app.cli import _settings, main, make_parser
@@ -43,11 +45,25 @@ def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         ("max_num_seqs", "0"),
         ("metrics_prefix", "9-"),
         ("tier", ""),
+        ("num_threads", "100000"),
+        ("root_path", "llm"),
+        ("root_path", "/llm/"),
+        ("root_path", "/a b"),
+        ("allowed_origins", "app.example"),
+        ("allowed_origins", "https://app.example/"),
+        ("otlp_traces_endpoint", "127.0.0.1:4318"),
+        ("otlp_traces_endpoint", "grpc://127.0.0.1:4317"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_flag(flag: str, value: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')}: .*{value}"):
+    with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')}: .*{re.escape(value)}"):
         load_settings(**{flag: value})
+
+
+def test_addresses_in_the_usual_forms_are_taken() -> None:
+    origins = "http://localhost:3000,https://app.example,*,chrome-extension://abc,http://[::1]:80"
+    settings = load_settings(root_path="/llm/v2", allowed_origins=origins, otlp_traces_endpoint="https://[::1]:4318/v1")
+    assert settings.root_path == "/llm/v2" and settings.allowed_origins == tuple(origins.split(","))
 
 
 def test_the_engine_is_told_what_concerns_it() -> None:

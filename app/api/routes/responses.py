@@ -1,6 +1,8 @@
-"""`POST /v1/responses`, and `GET` and `DELETE /v1/responses/{id}` of those that are stored."""
+"""`POST /v1/responses`, and what can be done with those that are stored: read, list their input, forget."""
 
-from fastapi import APIRouter, Request, Response
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request, Response
 
 from app.api.deps import ServerContext
 from app.api.generation_run import GenerationRun
@@ -8,8 +10,11 @@ from app.api.openapi import json_reply, responses_reply, timed_body
 from app.api.record import RequestRecord
 from app.api.respond import JSON, JsonResponse
 from app.api.responses_form import ResponsesEndpoint
+from app.api.responses_input import list_items
+from app.api.responses_store import ResponseStore, StoredResponse
 from app.api.schemas.decode import shown
 from app.api.schemas.responses import DeletedResponse, ResponseObject, ResponsesRequest
+from app.api.schemas.responses_input import MAX_LISTED, InputItemList
 from app.core.errors import InvalidRequest, NotFound
 
 _EXAMPLES = {
@@ -47,9 +52,7 @@ def routes(context: ServerContext) -> APIRouter:
     )
     async def get_response(request: Request, response_id: str, stream: bool = False) -> Response:
         """A stored response."""
-        found = store.find(RequestRecord.of(request.scope).tenant, response_id)
-        if found is None:
-            raise _not_found(response_id)
+        found = _find(store, request, response_id)
         if stream:
             raise InvalidRequest("`stream` is not served here: a stored response is whole.", param="stream")
         return Response(found.body, media_type=JSON)
@@ -63,7 +66,45 @@ def routes(context: ServerContext) -> APIRouter:
             raise _not_found(response_id)
         return JsonResponse(DeletedResponse(id=response_id))
 
+    @router.get(
+        "/v1/responses/{response_id}/input_items",
+        responses=json_reply(InputItemList, (InvalidRequest, NotFound)),
+        response_class=Response,
+    )
+    async def list_input_items(
+        request: Request,
+        response_id: str,
+        limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+        after: str | None = None,
+    ) -> Response:
+        """What the request of a stored response sent as `input`, the last item first; of earlier turns nothing."""
+        found = _find(store, request, response_id)
+        return JsonResponse(list_items(response_id, found.input, order=order, limit=limit, after=after))
+
+    @router.post(
+        "/v1/responses/{response_id}/cancel",
+        responses=json_reply(None, (InvalidRequest, NotFound)),
+        response_class=Response,
+    )
+    async def cancel_response(request: Request, response_id: str) -> Response:
+        """Refused: a response that can be found by its id has ended. To end one that runs, close its connection."""
+        _find(store, request, response_id)
+        raise InvalidRequest(
+            "Only a response made with `background: true` can be cancelled, and this server makes none: this one has "
+            "ended. One that runs ends when its client closes the connection.",
+            param="response_id",
+            code="response_not_cancellable",
+        )
+
     return router
+
+
+def _find(store: ResponseStore, request: Request, response_id: str) -> StoredResponse:
+    found = store.find(RequestRecord.of(request.scope).tenant, response_id)
+    if found is None:
+        raise _not_found(response_id)
+    return found
 
 
 def _not_found(response_id: str) -> NotFound:

@@ -78,13 +78,15 @@ def _invalid(message: str, fields: Mapping[str, msgspec.Raw]) -> InvalidRequest:
         return InvalidRequest(f"`{path}` is required.", param=path)
     if located is None:
         return InvalidRequest(f"The body is not valid: {message}.")
-    path = located["path"].removeprefix(".")
+    # msgspec says of a value in an object that it is one, not which.
+    path, is_within, _ = located["path"].removeprefix(".").partition("[...]")
     what = located["what"].replace("Expected", "expected").replace("Number out", "number out")
     if what.startswith("expected `int") and what.endswith("got `float`"):
         what += ": a whole number is written without fraction and exponent"
-    raw = fields.get(path)
+    raw = None if is_within else fields.get(path)
     got = "" if raw is None or "got `" in what else f", got {shown(raw)}"
-    return InvalidRequest(f"`{shown(path)}`: {what}{got}.", param=shown(path))
+    whose = "one of its values: " if is_within else ""
+    return InvalidRequest(f"`{shown(path)}`: {whose}{what}{got}.", param=shown(path))
 
 
 def _malformed(body: bytes, error: Exception) -> InvalidRequest:
@@ -92,6 +94,8 @@ def _malformed(body: bytes, error: Exception) -> InvalidRequest:
         return InvalidRequest("The body is nested too deeply.", code="invalid_json")
     if isinstance(error, UnicodeDecodeError):
         return InvalidRequest("The body is not UTF-8.", code="invalid_json")
+    if not body.strip():
+        return InvalidRequest("The body is empty: send a JSON object.", code="invalid_json")
     path = _find_forbidden(body)
     if path is None:
         return InvalidRequest(f"The body is not valid JSON: {shown(str(error))}.", code="invalid_json")

@@ -20,7 +20,7 @@ import msgspec
 from app.api.schemas.decode import decode_value, shown
 from app.core.errors import InvalidRequest
 
-_HEADER_SAFE = re.compile(r"^[A-Za-z0-9_.-]{1,64}$")
+_HEADER_SAFE = re.compile(r"^[A-Za-z0-9_.-]{1,64}\Z")
 _MAX_REPORTED = 32
 
 Accepts = Callable[[msgspec.Raw, Mapping[str, msgspec.Raw]], bool]

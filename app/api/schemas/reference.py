@@ -91,7 +91,7 @@ An answer that finishes with "stop" and no `stop_reason` has the form. One that 
 or `stop_token_ids` (`stop_reason` says which), is cut. Tokens of `stop_token_ids` can be drawn only where the form
 allows their text. `ignore_eos` ends the output where the form allows nothing more, not where it may end. What cannot
 be compiled within the limits is a 400. So are parameters that together leave no token to draw (`output_impossible`);
-where that shows in the middle of a stream, it is the stream's last event.
+where that shows in the middle of a stream, it is an event there, before `[DONE]`.
 """
 
 _COMPLETION_NOTES = f"""\
@@ -181,11 +181,13 @@ one turn, results of calls as messages of the role tool. A template that does no
 `system`. A new message is always begun: none is gone on with.
 
 **Stored responses** can be read (`GET /v1/responses/{id}`), forgotten (`DELETE`) and gone on with
-(`previous_response_id`). They are kept in the server's memory, up to `--max-stored-responses` and 64 MiB: where that
-is full, the key that holds most gives up its oldest, and a restart forgets all. With API keys, a response is there for
-its own key alone. An id that is not there is a 400 (`previous_response_not_found`), or a 404 where it is read.
-Instructions are of one response and do not carry over. A response that failed or whose client went away is not stored.
-What was gone on from a deleted response keeps its conversation.
+(`previous_response_id`); `GET /v1/responses/{id}/input_items` lists what their own request sent, `limit` items from the
+end (`order`, `after`). None can be cancelled (`POST .../cancel` is a 400): there are no background responses, and one
+that runs ends with its connection. They are kept in the server's memory, up to `--max-stored-responses` and 64 MiB:
+where that is full, the key that holds most gives up its oldest, and a restart forgets all. With API keys, a response is
+there for its own key alone. An id that is not there is a 400 (`previous_response_not_found`), or a 404 where it is
+read. Instructions are of one response and do not carry over. A response that failed or whose client went away is not
+stored. What was gone on from a deleted response keeps its conversation.
 
 **The form of the output**: `text.format` is `{"type": "json_object"}` or
 `{"type": "json_schema", "name": ..., "schema": ...}`. An answer with the status completed has the form.

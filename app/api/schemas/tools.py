@@ -7,7 +7,8 @@ from msgspec import Meta
 
 from app.api.schemas.limits import MAX_TOOLS
 
-FunctionName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
+FunctionName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}\Z")]
+"""Not `$`, which a newline may follow."""
 
 
 class FunctionSpec(msgspec.Struct, frozen=True, kw_only=True):

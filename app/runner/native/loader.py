@@ -47,6 +47,11 @@ def load(config: EngineConfig, memory: EngineMemory) -> NativeRunner:
     level = choose_level()
     library_path = find_or_build(level)
     library = Library(library_path)
+    if config.block_size not in (None, BLOCK_SIZE):  # another tier takes it, and is slower: nobody means that
+        raise ConfigurationError(
+            f"--block-size {config.block_size}: the native tier, which serves this model here, has blocks of "
+            f"{BLOCK_SIZE} tokens and no others; leave it out, or take --tier any"
+        )
     num_threads = min(num_cpus(), _MOST_THREADS) if config.num_threads is None else config.num_threads
     quantization = _quantization(config, model_dir)
     precision = precision_of(quantization)
@@ -84,8 +89,6 @@ def _check_settings(config: EngineConfig) -> None:
     if config.quantization is not None and config.quantization not in QUANTIZATIONS:
         remedy = f"--quantization {' or '.join(QUANTIZATIONS)}"
         raise TierUnavailable(f"it has no quantization {config.quantization!r}", remedy=remedy)
-    if config.block_size not in (None, BLOCK_SIZE):
-        raise TierUnavailable(f"its blocks have {BLOCK_SIZE} tokens and the block size is {config.block_size}")
 
 
 def _quantization(config: EngineConfig, model_dir: Path) -> str | None:
@@ -130,6 +133,8 @@ def _info(
     """All but the token budget and what is kept."""
     dtype = "bfloat16" if quantization is None else quantization
     threads = f"{num_threads} thread{'s' if num_threads > 1 else ''}"
+    if num_threads > (cores := num_cpus()):
+        threads += f" on {cores} core{'s' if cores > 1 else ''} (--num-threads {cores} is faster)"
     return RunnerInfo(
         tier="native",
         tier_reason=f"{shape.model_type} model, {level.name} kernels, {threads}{_blocks(weights)}",
