@@ -13,8 +13,9 @@ from app.core.plan import RowStart
 from app.core.types import SamplingParams
 from app.runner.sampling import RowSampler
 from app.runner.sampling.philox import gumbel_noise as numpy_noise
+from app.runner.sampling.philox import split
 from app.runner.torch.cuda_tier import load
-from app.runner.torch.sampling.batch import DrawRequest, draw_batch
+from app.runner.torch.sampling.batch import DeviceSampler, DrawRequest
 from app.runner.torch.sampling.philox import gumbel_noise
 from app.store import resolve
 from tests.numerics.driver import Driver, assert_same, greedy
@@ -62,7 +63,8 @@ def test_the_default_model_equals_transformers() -> None:
 
 def test_noise_is_the_definition_s() -> None:
     seeds, positions = [0, 2**64 - 1, 2**63 + 12345], [0, 2**31 + 7, 5]
-    noise = gumbel_noise(seeds, positions, 1003, torch.device("cuda")).cpu().numpy()
+    words = [torch.tensor([split(one) for one in values]).T.cuda() for values in (seeds, positions)]
+    noise = gumbel_noise((words[0], words[1]), 1003).cpu().numpy()
     for row, seed, position in zip(noise, seeds, positions, strict=True):
         assert row == pytest.approx(numpy_noise(seed, position, 1003), rel=1e-4, abs=1e-4)
 
@@ -72,7 +74,10 @@ def test_sampling_cases_draw_the_committed_tokens() -> None:
         sampler = RowSampler(case.start(), case.vocab_size, EOS)
         logits = torch.from_numpy(np.stack([case.logits()])).cuda()
         first = len(case.prompt) + len(case.output)
-        drawn = [draw_batch(logits, [DrawRequest(sampler, first + step)])[0].token_id for step in range(NUM_DRAWS)]
+        device_sampler = DeviceSampler((1,), logits.device)
+        drawn = [
+            device_sampler.draw(logits, [DrawRequest(sampler, first + step)])[0].token_id for step in range(NUM_DRAWS)
+        ]
         assert tuple(drawn) == case.expected_gumbel, case.name
 
 
@@ -92,6 +97,6 @@ def test_masks_forbid_on_the_device() -> None:
     masks = [None if a is None else np.packbits(np.resize(a, 320), bitorder="little").view(np.int32) for a in allowed]
     starts = RowStart("r", SamplingParams(seed=5, max_tokens=9, temperature=0.0), (1,), ())
     requests = [DrawRequest(RowSampler(starts, vocab_size, ()), 1, mask) for mask in masks]
-    drawn = [one.token_id for one in draw_batch(logits.cuda(), requests)]
+    drawn = [one.token_id for one in DeviceSampler((3,), torch.device("cuda")).draw(logits.cuda(), requests)]
     expected = [row if a is None else np.where(a, row, -np.inf) for row, a in zip(logits.numpy(), allowed, strict=True)]
     assert drawn == [int(row.argmax()) for row in expected]

@@ -88,7 +88,7 @@ def test_the_torch_sampler_masks_some_rows_of_a_batch() -> None:
         batch.DrawRequest(sampler(temperature=temperature, num_logprobs=1), 3, mask)
         for temperature, mask in zip(temperatures, masks, strict=True)
     ]
-    drawn = batch.draw_batch(torch.from_numpy(rows), requests)
+    drawn = batch.DeviceSampler((len(rows),), torch.device("cpu")).draw(torch.from_numpy(rows), requests)
     for row, temperature, mask, one in zip(rows, temperatures, masks, drawn, strict=True):
         changed = row if mask is None else np.where(np.isin(np.arange(VOCAB), bits(mask)), row, -np.inf)
         assert one.error is None

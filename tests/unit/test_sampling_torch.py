@@ -10,7 +10,7 @@ from app.core.types import SamplingParams
 from app.runner.sampling import RowSampler
 from app.runner.sampling.draw import draw_gumbel
 from app.runner.sampling.logprobs import token_logprobs
-from app.runner.sampling.philox import gumbel_noise
+from app.runner.sampling.philox import gumbel_noise, split
 from tests.unit.sampling_cases import EOS, NUM_DRAWS, Case, load_cases
 
 torch = pytest.importorskip("torch", reason="the torch port needs torch")
@@ -27,9 +27,18 @@ def one_thread() -> None:
 
 def test_noise_is_the_definition_s() -> None:
     seeds, positions = [0, 2**64 - 1, 2**63 + 12345], [0, 2**31 + 7, 5]
-    noise = philox.gumbel_noise(seeds, positions, 1003, torch.device("cpu")).numpy()
+    words = [torch.tensor([split(one) for one in values]).T for values in (seeds, positions)]
+    noise = philox.gumbel_noise(words, 1003).numpy()
     for row, seed, position in zip(noise, seeds, positions, strict=True):
         assert row == pytest.approx(gumbel_noise(seed, position, 1003), rel=1e-5, abs=1e-5)
+
+
+def draw_batch(logits: Any, requests: list[Any]) -> list[Any]:
+    """In a batch of a larger size: the padding's rows are NaN."""
+    size = len(logits) + 3
+    padded = torch.full((size, logits.shape[1]), float("nan"))
+    padded[: len(logits)] = logits
+    return list(batch.DeviceSampler((size,), torch.device("cpu")).draw(padded, requests))
 
 
 def by_size(cases: list[Case]) -> list[list[Case]]:
@@ -48,7 +57,7 @@ def test_cases_draw_the_committed_tokens_in_one_batch(cases: list[Case]) -> None
             batch.DrawRequest(sampler, len(case.prompt) + len(case.output) + step)
             for sampler, case in zip(samplers, cases, strict=True)
         ]
-        for tokens, one in zip(drawn, batch.draw_batch(logits, requests), strict=True):
+        for tokens, one in zip(drawn, draw_batch(logits, requests), strict=True):
             tokens.append(one.token_id)
     assert torch.equal(logits, before)
     assert {case.name: tuple(tokens) for case, tokens in zip(cases, drawn, strict=True)} == {
@@ -92,7 +101,7 @@ def test_random_rows_equal_the_definition() -> None:
         for sampler, row in zip(samplers, logits, strict=True)
     ]
     requests = [batch.DrawRequest(sampler, 6) for sampler in samplers]
-    drawn = batch.draw_batch(torch.from_numpy(logits), requests)
+    drawn = draw_batch(torch.from_numpy(logits), requests)
     assert [one.token_id for one in drawn] == expected
     for row, sampler, one in zip(logits, samplers, drawn, strict=True):
         num_top = sampler.params.num_logprobs
@@ -120,7 +129,7 @@ def test_a_failing_row_fails_alone() -> None:
     logits = torch.randn((6, VOCAB), generator=torch.Generator().manual_seed(0))
     logits[0, 3], logits[1, 3], logits[5, 3] = float("nan"), float("inf"), float("-inf")
     requests = [batch.DrawRequest(RowSampler(row, VOCAB, (2,)), 1) for row in rows]
-    errors = [one.error for one in batch.draw_batch(logits, requests)]
+    errors = [one.error for one in draw_batch(logits, requests)]
     assert [error and error[:20] for error in errors] == [
         "the model's logits a",
         "the model's logits a",

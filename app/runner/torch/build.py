@@ -18,8 +18,10 @@ from app.runner.torch.head import FixedHead, Head, OutputHead
 from app.runner.torch.kv_cache import KVCache, LayerShape, bytes_per_token
 from app.runner.torch.loading import LoadedModel, load_model
 from app.runner.torch.packing import ChunkPacker, Packer
-from app.runner.torch.rows import RowPacker
+from app.runner.torch.rows import DecodePacker, RowPacker
 from app.runner.torch.runner import TorchRunner
+from app.runner.torch.sampling.batch import DeviceSampler
+from app.runner.torch.sizes import DECODE_SIZES, FIXED_ROWS
 
 KERNEL_EPOCH = 1
 """Part of the fingerprint: raised when this code would bring other tokens from the same weights."""
@@ -27,9 +29,6 @@ KERNEL_EPOCH = 1
 _BLOCK_SIZES = {"cpu": 64, "cuda": 16}
 _TARGET_ITL_MS = {"cpu": 250.0, "cuda": 50.0}
 _ROW_DEPENDENT = "rows not independent: a prefill chunk and a decode step add up in different orders"
-_FIXED_ROWS = {"cpu": 16, "cuda": 128}
-"""Rows of every pass in the deterministic mode: all that a GPU computes while it reads the weights once; on a CPU,
-where rows cost time, few."""
 
 
 def build_runner(config: EngineConfig, *, tier: str, device: torch.device, reason: str) -> TorchRunner:
@@ -43,7 +42,7 @@ def build_runner(config: EngineConfig, *, tier: str, device: torch.device, reaso
     independence = _ROW_DEPENDENT
     if config.deterministic:
         check_rows(executor)
-        independence = f"rows independent: every pass has {_FIXED_ROWS[device.type]} rows, --deterministic"
+        independence = f"rows independent: every pass has {FIXED_ROWS[device.type]} rows, --deterministic"
     budget = config.max_num_batched_tokens
     if budget is None:
         target_ms = _TARGET_ITL_MS[device.type] if config.target_itl_ms is None else config.target_itl_ms
@@ -64,7 +63,7 @@ def build_runner(config: EngineConfig, *, tier: str, device: torch.device, reaso
         row_independent=config.deterministic,
         fingerprint=_fingerprint(config, loaded, tier=tier, dtype=dtype),
     )
-    return TorchRunner(executor, info=info, eos_token_ids=config.eos_token_ids)
+    return TorchRunner(executor, info=info, eos_token_ids=config.eos_token_ids, sampler=_device_sampler(config, device))
 
 
 def _plan_kv(config: EngineConfig, loaded: LoadedModel, layers: tuple[LayerShape, ...]) -> KVPlan:
@@ -104,15 +103,26 @@ def make_executor(config: EngineConfig, loaded: LoadedModel, probed: Probed, kv_
     )
     head: Head | None = probed.head
     packer: Packer = ChunkPacker(kv_cache, device=loaded.device)
+    if config.deterministic or loaded.device.type != "cpu":
+        sizes = _sizes(config, loaded.device)
+        rows = RowPacker(kv_cache, device=loaded.device, sizes=sizes, max_model_len=kv_plan.max_model_len)
+        packer = rows if config.deterministic else DecodePacker(rows, packer)
     if config.deterministic:
-        head, packer = _fixed_shapes(loaded, probed.head, kv_cache, kv_plan.max_model_len)
+        head = _fixed_head(loaded, probed.head)
     return Executor(loaded.model, head=head, kv_cache=kv_cache, packer=packer, vocab_size=probed.vocab_size)
 
 
-def _fixed_shapes(
-    loaded: LoadedModel, head: OutputHead | None, kv_cache: KVCache, max_model_len: int
-) -> tuple[Head, Packer]:
-    """The deterministic mode: no shape of any product depends on the plan."""
+def _sizes(config: EngineConfig, device: torch.device) -> tuple[int, ...]:
+    """Numbers of rows of passes and draws in static shapes."""
+    return (FIXED_ROWS[device.type],) if config.deterministic else DECODE_SIZES
+
+
+def _device_sampler(config: EngineConfig, device: torch.device) -> DeviceSampler | None:
+    return None if device.type == "cpu" else DeviceSampler(_sizes(config, device), device)
+
+
+def _fixed_head(loaded: LoadedModel, head: OutputHead | None) -> Head:
+    """For the deterministic mode, as which the experts are set too: no product's shape follows the plan then."""
     if head is None:
         raise TierUnavailable(
             f"the head of {loaded.config.model_type} does not split off, so the shape of its product follows the batch",
@@ -120,10 +130,8 @@ def _fixed_shapes(
         )
     model: Any = loaded.model
     if model._can_set_experts_implementation():
-        model.set_experts_implementation("batched_mm")  # the others' shapes follow the router
-    num_rows = _FIXED_ROWS[loaded.device.type]
-    packer = RowPacker(kv_cache, device=loaded.device, sizes=(num_rows,), max_model_len=max_model_len)
-    return FixedHead(head, num_rows), packer
+        model.set_experts_implementation("batched_mm")  # the others' products follow the router
+    return FixedHead(head, FIXED_ROWS[loaded.device.type])
 
 
 def _fingerprint(config: EngineConfig, loaded: LoadedModel, *, tier: str, dtype: str) -> str:

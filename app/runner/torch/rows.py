@@ -6,8 +6,8 @@ size takes several passes. With one size alone (the deterministic mode) every pr
 same shape, whatever is served.
 
 Invariants:
-- the tensors of a size are allocated once, and every batch of it reads the same memory (a graph can be
-  captured over them): one pass's buffers are the next one's;
+- the tensors are allocated once, for the largest size, and every batch reads the same memory (a graph can be captured
+  over it): one pass's inputs lie where the last one's lay;
 - a token's row reads its own block table and length; padding reads the zero block and writes the scratch block.
 """
 
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from app.core.plan import PlanEntry, StepPlan
 from app.runner.torch.attention.split import Splits, blocks_per_split
 from app.runner.torch.kv_cache import KVCache
-from app.runner.torch.packing import StepBatch, new_blocks, num_blocks, num_logits, token_rows
+from app.runner.torch.packing import Packer, StepBatch, new_blocks, num_blocks, num_logits, token_rows
+from app.runner.torch.sizes import passes
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class RowPacker:
         self._sizes = tuple(sizes)
         self._split = blocks_per_split(self._block_size)
         width = -(-max_model_len // (self._split * self._block_size)) * self._split
-        self._buffers = {size: _Buffers(size, width, device) for size in self._sizes}
+        self._rows = torch.zeros((4, self._sizes[-1]), dtype=torch.int64, device=device)
+        self._tables = torch.zeros((self._sizes[-1], width), dtype=torch.int64, device=device)
 
     def batches(self, plan: StepPlan) -> Iterator[RowBatch]:
         """See `Packer.batches`. A sequence's tokens come in their order, so that each finds the KV of those before."""
@@ -54,51 +56,54 @@ class RowPacker:
         owners = np.repeat(np.arange(len(entries)), [len(entry.token_ids) for entry in entries])
         wanted = np.concatenate([_wanted(entry) for entry in entries])
         fresh = self._upload(new_blocks(entries, self._block_size))
-        for first in range(0, len(owners), self._sizes[-1]):
-            part = slice(first, first + self._sizes[-1])
-            tables = [entries[owner] for owner in owners[part]]
-            yield self._batch(rows[:, part], tables, np.flatnonzero(wanted[part]), fresh)
+        for part, size in passes(len(owners), self._sizes):
+            owned = [entries[owner] for owner in owners[part]]
+            input_ids, position_ids, slots, seq_lens = self._fill_rows(rows[:, part], size)
+            yield RowBatch(
+                input_ids=input_ids[None],
+                position_ids=position_ids[None],
+                slots=slots,
+                logits_indices=self._upload(np.flatnonzero(wanted[part])),
+                new_blocks=fresh,
+                seq_lens=seq_lens,
+                splits=self._fill_tables(owned, size, longest=int(rows[1, part].max()) + 1),
+            )
             fresh = fresh[:0]
 
-    def _batch(
-        self, rows: NDArray[np.int64], owners: Sequence[PlanEntry], wanted: NDArray[np.int64], fresh: torch.Tensor
-    ) -> RowBatch:
-        num_tokens = len(owners)
-        size = next(size for size in self._sizes if size >= num_tokens)
+    def _fill_rows(self, rows: NDArray[np.int64], size: int) -> torch.Tensor:
+        """(4, size) ids, positions, slots and lengths; `rows` are the first three, (3, num_tokens)."""
+        num_tokens = rows.shape[1]
         padded = np.zeros((4, size), dtype=np.int64)
         padded[:3, :num_tokens] = rows
-        padded[3] = padded[1] + 1
         padded[2, num_tokens:] = self._scratch_slot
-        num_splits = -(-int(padded[3].max()) // (self._split * self._block_size))
+        padded[3] = padded[1] + 1
+        return self._rows[:, :size].copy_(torch.from_numpy(padded))
+
+    def _fill_tables(self, owners: Sequence[PlanEntry], size: int, *, longest: int) -> Splits:
+        """The tables of each row's entry, as far as the longest context reads."""
+        num_splits = -(-longest // (self._split * self._block_size))
         tables = np.full((size, num_splits * self._split), self._zero_block, dtype=np.int64)
         for row, entry in enumerate(owners):
             used = min(tables.shape[1], num_blocks(entry, self._block_size))
             tables[row, :used] = entry.block_table[:used]
-        return self._buffers[size].fill(padded, tables, self._upload(wanted), fresh, self._split)
+        used_tables = self._tables[:size, : tables.shape[1]]
+        return Splits(used_tables.copy_(torch.from_numpy(tables)), self._split)
 
     def _upload(self, array: NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
 
 
-class _Buffers:
-    """The memory of one size."""
+class DecodePacker:
+    """Steps that only decode come in static shapes, others in their own: of those no two are alike."""
 
-    def __init__(self, size: int, width: int, device: torch.device) -> None:
-        self._rows = torch.zeros((4, size), dtype=torch.int64, device=device)
-        self._tables = torch.zeros((size, width), dtype=torch.int64, device=device)
+    def __init__(self, rows: Packer, chunks: Packer) -> None:
+        self._rows = rows
+        self._chunks = chunks
 
-    def fill(
-        self,
-        rows: NDArray[np.int64],
-        tables: NDArray[np.int64],
-        wanted: torch.Tensor,
-        fresh: torch.Tensor,
-        split: int,
-    ) -> RowBatch:
-        """`rows` are ids, positions, slots and lengths; of a table only the splits that are read are sent."""
-        input_ids, position_ids, slots, seq_lens = self._rows.copy_(torch.from_numpy(rows))
-        used = self._tables[:, : tables.shape[1]].copy_(torch.from_numpy(tables))
-        return RowBatch(input_ids[None], position_ids[None], slots, wanted, fresh, seq_lens, Splits(used, split))
+    def batches(self, plan: StepPlan) -> Iterator[StepBatch]:
+        """See `Packer.batches`."""
+        is_decode = all(len(entry.token_ids) == 1 for entry in plan.entries)
+        return self._rows.batches(plan) if is_decode else self._chunks.batches(plan)
 
 
 def _wanted(entry: PlanEntry) -> NDArray[np.bool_]:

@@ -1,6 +1,6 @@
 """The runner protocol over an Executor: rows, their samplers, results.
 
-On a CPU the numpy sampler draws, row by row; on a device all rows are drawn there in one batch.
+On a CPU the numpy sampler draws, row by row; on a device all rows are drawn there, in batches of static sizes.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from app.core.types import TokenLogprobs
 from app.runner.base import Forward, RunnerInfo, StepMasks
 from app.runner.sampling import RowError, RowSampler, score_prompt
 from app.runner.torch.executor import Executor, StepLogits
-from app.runner.torch.sampling.batch import Drawn, DrawRequest, draw_batch
+from app.runner.torch.sampling.batch import DeviceSampler, Drawn, DrawRequest
+from app.runner.torch.sizes import passes
 
 _SCORE_ROWS = 64
 """Rows of float32 logits that scoring a prompt holds at once."""
@@ -29,8 +30,17 @@ class _Row:
 class TorchRunner:
     """A transformers model behind `app.runner.base.ModelRunner`."""
 
-    def __init__(self, executor: Executor, *, info: RunnerInfo, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        info: RunnerInfo,
+        eos_token_ids: tuple[int, ...],
+        sampler: DeviceSampler | None = None,
+    ) -> None:
+        """Without a `sampler` the definition draws, in numpy."""
         self._executor: Executor | None = executor
+        self._sampler = sampler
         self._info = info
         self._eos_token_ids = eos_token_ids
         self._rows: dict[int, _Row] = {}
@@ -74,16 +84,23 @@ class TorchRunner:
         ]
         if not sampled:
             return {}
-        index = torch.tensor([last for _, last in sampled], device=forward.states.device)
-        logits = forward.rows(index)  # (num_sampled, vocab_size)
         requests = [
             DrawRequest(self._rows[entry.row].sampler, entry.start + len(entry.token_ids), masks.get(entry.row))
             for entry, _ in sampled
         ]
-        drawn = (
-            _draw_in_numpy(logits.numpy(), requests) if logits.device.type == "cpu" else draw_batch(logits, requests)
-        )
+        drawn = self._draw_rows(forward, [last for _, last in sampled], requests)
         return {entry.row: one for (entry, _), one in zip(sampled, drawn, strict=True)}
+
+    def _draw_rows(self, forward: StepLogits, last: list[int], requests: list[DrawRequest]) -> list[Drawn]:
+        """A draw for each of the rows `last` of the logits."""
+        device = forward.states.device
+        if self._sampler is None:
+            return _draw_in_numpy(forward.rows(torch.tensor(last, device=device)).numpy(), requests)
+        drawn: list[Drawn] = []
+        for part, size in passes(len(last), self._sampler.sizes):
+            padded = last[part] + last[:1] * (size - (part.stop - part.start))
+            drawn += self._sampler.draw(forward.rows(torch.tensor(padded, device=device)), requests[part])
+        return drawn
 
     def _result(self, entry: PlanEntry, forward: StepLogits, span: slice, drawn: Drawn | None) -> RowResult:
         if drawn is not None and drawn.error is not None:
