@@ -87,13 +87,13 @@ wheel: $(VENV)/.installed-dev
 	rm -rf build
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist .
 
-# Needs an NVIDIA device, about 10 minutes and no network; writes docs/gpu/<card>.json.
 # In an environment of its own: it is no part of what is developed or served.
 audit:
 	test -d build/audit || $(PYTHON) -m venv build/audit
 	build/audit/bin/pip install --quiet pip-audit
 	build/audit/bin/pip-audit --disable-pip --require-hashes -r requirements/base.txt -r requirements/dev.txt
 
+# Needs an NVIDIA device, about 10 minutes and no network; writes docs/gpu/<card>.json.
 gpu-report: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/gpu/report.py $(ARGS)
 

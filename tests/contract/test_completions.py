@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import openai
 import pytest
 
 from app.api.translate import derive_seed
@@ -44,6 +45,28 @@ def test_openai_client_streams(server: FakeServer) -> None:
     last = chunks[-1]
     assert last.choices == [] and last.usage is not None and last.usage.completion_tokens == NUM_TOKENS + 1
     assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+async def test_the_asynchronous_client(server: FakeServer) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        answer = await client.completions.create(model=MODEL, prompt=["Hi", "你好"], max_tokens=200, n=2)
+        assert [choice.text for choice in answer.choices] == [TEXT] * 4
+        stream = await client.completions.create(model=MODEL, prompt="Hi", max_tokens=200, logprobs=2, stream=True)
+        assert "".join([chunk.choices[0].text async for chunk in stream]) == TEXT
+        assert MODEL in [model.id async for model in client.models.list()]
+        assert (await client.models.retrieve(MODEL)).id == MODEL
+
+
+def test_answers_pass_the_clients_strict_validation(server: FakeServer) -> None:
+    """But for nulls that OpenAI's server sends too and its client's types lack: a finish reason before the end of a
+    stream, and the log-probability of an echoed prompt's first token.
+    """
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, _strict_response_validation=True
+    ) as client:
+        answer = client.completions.create(model=MODEL, prompt=["Hi", "你好"], max_tokens=200, logprobs=2, seed=1)
+        assert [choice.text for choice in answer.choices] == [TEXT, TEXT]
+        assert MODEL in [model.id for model in client.models.list()]
 
 
 @pytest.mark.parametrize("tokens_per_output", [1, 3, 1000])

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -55,14 +56,14 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def wait_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def wait_ready(process: subprocess.Popen[bytes], url: str, log: Path, *, trust: ssl.SSLContext | None = None) -> None:
     """Wait for a 200 of /ready; fails with the log where the server ends or takes too long."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise AssertionError(f"the server ended with {process.returncode}:\n{log.read_text()}")
         try:
-            if httpx.get(f"{url}/ready").status_code == 200:
+            if httpx.get(f"{url}/ready", verify=trust or True).status_code == 200:
                 return
         except httpx.TransportError:
             pass

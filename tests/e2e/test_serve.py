@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import httpx
 import pytest
 
 from app.store import default_model
+from tests.certificates import make_certificate
 from tests.e2e.serving import free_port, started, wait_ready
 from tests.store_models import default_model_folder
 
@@ -138,6 +140,38 @@ def test_metrics_apart_ask_for_keys_as_well(tmp_path: Path) -> None:
         assert httpx.get(address).status_code == 401
         for key in ("0123456789abcdef", "scrape-0123456789abcdef"):
             assert httpx.get(address, headers={"authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_https_behind_a_path_of_a_proxy(tmp_path: Path) -> None:
+    """A proxy may strip the path or leave it: both are answered, and what needs a key needs one either way."""
+    certificate, private = make_certificate(tmp_path)
+    keys, log, port = tmp_path / "keys", tmp_path / "log", free_port()
+    keys.write_text("0123456789abcdef\n")
+    trust = ssl.create_default_context(cafile=certificate)
+    command = [
+        "-m",
+        "app.cli",
+        "serve",
+        "--tier",
+        "scripted",
+        "--scripted",
+        json.dumps(SLOW_STEPS),
+        "--port",
+        str(port),
+    ]
+    command += ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(private), "--root-path", "/llm"]
+    with started(log, *command, "--api-key-file", str(keys)) as process:
+        url = f"https://127.0.0.1:{port}"
+        wait_ready(process, url, log, trust=trust)
+        with httpx.Client(base_url=url, verify=trust) as client:
+            for path in ("", "/llm"):
+                assert client.get(f"{path}/health").status_code == 200
+                assert client.get(f"{path}/v1/models").status_code == 401
+                known = client.get(f"{path}/v1/models", headers={"authorization": "Bearer 0123456789abcdef"})
+                assert known.json()["data"][0]["id"] == default_model()
+            described = client.get("/llm/openapi.json", headers={"x-api-key": "0123456789abcdef"}).json()
+            assert described["servers"] == [{"url": "/llm"}]
+    assert f"curl {url}/v1/completions" in log.read_text()
 
 
 def test_a_taken_port_ends_the_start_with_one_line(tmp_path: Path) -> None:

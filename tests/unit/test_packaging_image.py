@@ -16,6 +16,7 @@ import yaml
 
 from app.serve import PUBLIC_GRACE_SECONDS
 from app.settings import ENV_PREFIX, OTHER_VARIABLES, Settings
+from tests.certificates import make_certificate
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
@@ -108,14 +109,12 @@ def test_the_health_check_has_time_for_a_first_fetch() -> None:
 def test_the_health_check_asks_as_the_server_serves(is_secure: bool, tmp_path: Path) -> None:
     found = re.search(r"^HEALTHCHECK .*\n\s+CMD (\[.*\])$", FINAL_STAGE, re.MULTILINE)
     assert found is not None
-    certificate = tmp_path / "certificate.pem"
-    if is_secure:
-        make_certificate(certificate)
     with ThreadingHTTPServer(("127.0.0.1", 0), Health) as server:
         variables = {"HEADWATER_PORT": str(server.server_port)}
         if is_secure:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificate)
+            certificate, key = make_certificate(tmp_path)
+            context.load_cert_chain(certificate, key)
             server.socket = context.wrap_socket(server.socket, server_side=True)
             variables["HEADWATER_SSL_CERTFILE"] = str(certificate)
         thread = threading.Thread(target=server.serve_forever)
@@ -136,13 +135,3 @@ class Health(SimpleHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
-
-
-def make_certificate(file: Path) -> None:
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("openssl is not installed")
-    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=headwater.test"]
-    subprocess.run([*command, "-keyout", file, "-out", file.with_suffix(".crt")], check=True, capture_output=True)
-    with file.open("a") as both:
-        both.write(file.with_suffix(".crt").read_text())
