@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import ssl
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,6 +66,9 @@ def serve(settings: Settings) -> int:
     start = _start_engine(settings, search.folder.result()) if search.wait(AT_ONCE_SECONDS) else None
     import uvloop  # from here on the engine loads; what only the API needs is imported meanwhile
 
+    from app.api.aside import SWITCH_SECONDS
+
+    sys.setswitchinterval(SWITCH_SECONDS)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(settings, listeners, search, start))
 

@@ -18,6 +18,7 @@ from app.api.answers import (
     token_logprob,
     usage_of,
 )
+from app.api.aside import aside
 from app.api.chat_prompt import message_text, prepare_chat, render, require_template, sort_variables
 from app.api.deps import ServerContext
 from app.api.generation import Prepared
@@ -59,13 +60,14 @@ class ChatEndpoint:
         unknown: UnknownFields,
     ) -> Prepared:
         """Check the body, render the messages and turn them into sequences."""
-        request = decode_struct(body, ChatRequest, fields=fields)
+        request = await aside(len(body), decode_struct, body, ChatRequest, fields=fields)
         model = context.check_model(request.model)
         check_chat(request)
         template = require_template(context)
         variables = sort_variables(request, template, unknown=unknown)
         raw_tools = fields.get("tools")
-        plan = plan_tools(request, template, num_bytes=0 if raw_tools is None else len(bytes(raw_tools)))
+        num_tool_bytes = 0 if raw_tools is None else len(bytes(raw_tools))
+        plan = await aside(num_tool_bytes, plan_tools, request, template, num_bytes=num_tool_bytes)
         rendered = await render(
             request,
             fields["messages"],

@@ -7,7 +7,6 @@ server does not set them; rendering runs in a thread.
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -125,21 +124,31 @@ async def render(
     variables: TemplateVariables,
     raw_tools: msgspec.Raw | None = None,
 ) -> str:
-    """The prompt's text. The raw fields are as the client sent them. Raises InvalidRequest."""
+    """The prompt's text, made in a thread. The raw fields are as the client sent them. Raises InvalidRequest."""
+    return await asyncio.to_thread(
+        _render, conversation, raw_messages, context, variables=variables, raw_tools=raw_tools
+    )
+
+
+def _render(
+    conversation: Conversation,
+    raw_messages: msgspec.Raw,
+    context: ServerContext,
+    *,
+    variables: TemplateVariables,
+    raw_tools: msgspec.Raw | None,
+) -> str:
     template = require_template(context)
     continues = bool(conversation.continue_final_message)
     generates = not continues if conversation.add_generation_prompt is None else conversation.add_generation_prompt
     texts = [_content_text(one, index, context) for index, one in enumerate(conversation.messages)]
-    messages = await asyncio.to_thread(_template_messages, raw_messages, texts, template)
-    call = partial(
-        template.render,
-        messages,
+    return template.render(
+        _template_messages(raw_messages, texts, template),
         add_generation_prompt=generates,
         continue_final_message=continues,
-        tools=None if raw_tools is None else await asyncio.to_thread(_template_tools, raw_tools),
+        tools=None if raw_tools is None else _template_tools(raw_tools),
         **variables.passed,
     )
-    return await asyncio.to_thread(call)
 
 
 def require_template(context: ServerContext) -> ChatTemplate:

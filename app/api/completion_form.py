@@ -16,6 +16,7 @@ from app.api.answers import (
     prompt_logprobs_of,
     usage_of,
 )
+from app.api.aside import aside
 from app.api.deps import ServerContext
 from app.api.generation import Prepared
 from app.api.schemas.completions import (
@@ -52,17 +53,21 @@ class CompletionEndpoint:
         unknown: UnknownFields,
     ) -> Prepared:
         """Check the body and turn it into sequences."""
-        if "prompt" in fields:
-            check_prompt_count(fields["prompt"])
-        request = decode_struct(body, CompletionRequest, fields=fields)
+        request = await aside(len(body), _decode, body, fields)
         model = context.check_model(request.model)
         check_completion(request)
-        generation = await prepare_completion(request, context, limits=limits, tenant=tenant)
+        generation = await prepare_completion(request, context, limits=limits, num_bytes=len(body), tenant=tenant)
 
         def make_form(head: AnswerHead, texts: Sequence[SequenceText]) -> CompletionForm:
             return CompletionForm(head, request, texts, tokenizer=context.tokenizer)
 
         return Prepared(generation, model=model, make_form=make_form)
+
+
+def _decode(body: bytes, fields: Mapping[str, msgspec.Raw]) -> CompletionRequest:
+    if "prompt" in fields:
+        check_prompt_count(fields["prompt"])
+    return decode_struct(body, CompletionRequest, fields=fields)
 
 
 class CompletionForm:

@@ -1,5 +1,6 @@
 """From `response_format` and `structured_outputs` to the grammar that the engine follows, checked beforehand."""
 
+import asyncio
 from collections.abc import Mapping
 
 import msgspec
@@ -25,7 +26,10 @@ async def prepare_grammar(
     field = "response_format" if request.structured_outputs is None else "structured_outputs"
     field = field if forced is None else "tools"
     try:
-        grammar = _grammar_of(request) if forced is None else forced
+        if forced is None and not _is_constrained(request):
+            return None
+        # Every part of a schema is looked at, and it may be as large as the body.
+        grammar = await asyncio.to_thread(_grammar_of, request) if forced is None else forced
         if grammar is None:
             return None
         if forced is not None:
@@ -34,6 +38,10 @@ async def prepare_grammar(
         return checked if reasoning is None else reasoning.behind_reasoning(checked, field=field)
     except GrammarError as error:
         raise InvalidRequest(f"`{field}`: {error}.", param=field, code="invalid_grammar") from error
+
+
+def _is_constrained(request: GenerationRequest) -> bool:
+    return request.structured_outputs is not None or request.response_format is not None
 
 
 def _grammar_of(request: GenerationRequest) -> Grammar | None:

@@ -18,12 +18,13 @@ from starlette.types import Send
 
 from app.api.admission import Place
 from app.api.answers import AnswerForm, AnswerHead
+from app.api.aside import aside
 from app.api.deadline import Deadline
 from app.api.deps import ServerContext
 from app.api.errors import is_expected, kind_of
 from app.api.portable_plan import plan_stream
 from app.api.record import RequestRecord
-from app.api.respond import JSON
+from app.api.respond import JSON, send_body
 from app.api.resumption import INEXACT_COMMENT, RESUMED_COMMENT, resume_header
 from app.api.schemas.field_rules import ignored_header
 from app.api.sequence_text import Delta, SequenceAborted, SequenceText
@@ -34,6 +35,8 @@ from app.core.types import EngineLimits, EngineOutput, EngineRequest, FinishReas
 from app.observability.sequence_meter import SequenceMeter
 
 _STARTED_AT_ONCE = 32
+_LOGPROB_BYTES = 32
+"""About what a candidate of a log-probability takes in an answer."""
 Emit = Callable[["LiveSequence", Delta], Awaitable[None]]
 
 
@@ -245,18 +248,21 @@ class GenerationAnswer:
             await events.send(RESUMED_COMMENT)
 
     async def _send_whole(self, send: Send) -> None:
+        form = self._form
+
         async def collect(live: LiveSequence, delta: Delta) -> None:
-            self._form.collect(live.prepared.index, delta)
+            await aside(_num_bytes_of(live, delta), form.collect, live.prepared.index, delta)
 
         await self._run_all(collect)
-        body = msgspec.json.encode(self._form.whole())
+        num_bytes = sum(_num_prompt_bytes(live) for live in self._live)
+        body = await aside(num_bytes, lambda: msgspec.json.encode(form.whole()))
         headers = [
             (b"content-type", JSON.encode()),
             (b"content-length", str(len(body)).encode()),
             *self._headers,
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await send_body(send, body)
 
     async def _send_stream(self, send: Send) -> None:
         interval = self._context.limits.keep_alive_interval
@@ -264,7 +270,8 @@ class GenerationAnswer:
         event = self._form.event
 
         async def forward(live: LiveSequence, delta: Delta) -> None:
-            if data := event(live.prepared.index, delta):  # none where all is held back, or the client has it
+            data = await aside(_num_bytes_of(live, delta), event, live.prepared.index, delta)
+            if data:  # none where all is held back, or the client has it
                 await events.send(data)
 
         try:
@@ -282,6 +289,18 @@ class GenerationAnswer:
                 raise
         finally:
             await events.close()
+
+
+def _num_bytes_of(live: LiveSequence, delta: Delta) -> int:
+    """About what a delta is in an answer; the first one brings what is said of the prompt."""
+    is_first = live.text.num_output_tokens == len(delta.token_ids)
+    return len(delta.text) + (_num_prompt_bytes(live) if is_first else 0)
+
+
+def _num_prompt_bytes(live: LiveSequence) -> int:
+    """About what is said of the prompt where its log-probabilities are asked for."""
+    num_candidates = 1 + (live.prepared.engine_request.params.num_prompt_logprobs or 0)
+    return _LOGPROB_BYTES * num_candidates * len(live.text.prompt_logprobs)
 
 
 def _finish_reason_of(error: Exception) -> FinishReason:

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from app.api.aside import aside
 from app.api.body import ClientDisconnected, check_headers, read_body
 from app.api.cursor import LAST_EVENT_ID
 from app.api.deadline import HEADER as DEADLINE_HEADER
@@ -97,9 +98,8 @@ class GenerationRun(Response):
         context, table = self._context, self._endpoint.table
         limits = context.ready_limits()
         unknown = table.unknown if context.limits.unknown_fields is None else context.limits.unknown_fields
-        fields = decode_keys(body)
-        ignored = table.sort(fields, unknown=unknown)
         async with deadline.hold():
+            fields, ignored = await aside(len(body), _read_fields, body, table, unknown=unknown)
             prepared = await self._endpoint.prepare(
                 body, fields, context, limits=limits, tenant=record.tenant, unknown=unknown
             )
@@ -118,6 +118,14 @@ class GenerationRun(Response):
         del body, fields
         parsing.close()
         await answer.send(send)
+
+
+def _read_fields(
+    body: bytes, table: FieldTable, *, unknown: UnknownFields
+) -> tuple[dict[str, msgspec.Raw], tuple[str, ...]]:
+    """The body's fields, and the names of those without effect."""
+    fields = decode_keys(body)
+    return fields, table.sort(fields, unknown=unknown)
 
 
 def _in_share(prepared: Prepared, share: Share) -> Prepared:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from app.api.answers import AnswerHead
+from app.api.aside import aside
 from app.api.chat_prompt import prepare_chat
 from app.api.deps import ServerContext
 from app.api.errors import messages_error_body
@@ -62,7 +63,7 @@ class MessagesEndpoint:
         unknown: UnknownFields,
     ) -> Prepared:
         """Check the body, render the messages and turn them into a sequence."""
-        request = decode_struct(body, MessagesRequest, fields=fields)
+        request = await aside(len(body), decode_struct, body, MessagesRequest, fields=fields)
         model = context.check_model(request.model)
         prompt = await render_conversation(request, context, num_tool_bytes=len(bytes(fields.get("tools", b""))))
         plan = prompt.plan

@@ -7,7 +7,6 @@ one turn, as Anthropic has it. A final message of the assistant is gone on with.
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import msgspec
 
@@ -40,7 +39,11 @@ class MessagesPrompt:
 async def render_conversation(
     request: CountTokensRequest, context: ServerContext, *, num_tool_bytes: int
 ) -> MessagesPrompt:
-    """The prompt of a conversation. `num_tool_bytes`: size of `tools` as sent. Raises InvalidRequest."""
+    """The prompt of a conversation, made in a thread. `num_tool_bytes`: of `tools` as sent. Raises InvalidRequest."""
+    return await asyncio.to_thread(_render, request, context, num_tool_bytes=num_tool_bytes)
+
+
+def _render(request: CountTokensRequest, context: ServerContext, *, num_tool_bytes: int) -> MessagesPrompt:
     template = require_template(context)
     chat = _chat_request(request)
     plan = plan_tools(chat, template, num_bytes=num_tool_bytes, schema_field="input_schema")
@@ -51,8 +54,7 @@ async def render_conversation(
         )
     messages = _Turns(context).all_of(request)
     continues = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
-    call = partial(
-        template.render,
+    text = template.render(
         messages,
         add_generation_prompt=not continues,
         continue_final_message=continues,
@@ -62,7 +64,7 @@ async def render_conversation(
     continued = str(messages[-1]["content"]) if continues else ""
     has_budget = request.thinking is not None and request.thinking.budget_tokens is not None
     ignored = ("thinking.budget_tokens",) if has_budget else ()
-    return MessagesPrompt(await asyncio.to_thread(call), plan, chat, continued, ignored)
+    return MessagesPrompt(text, plan, chat, continued, ignored)
 
 
 def _thinking_variables(request: CountTokensRequest, context: ServerContext, template: ChatTemplate) -> dict[str, bool]:

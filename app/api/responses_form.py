@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import msgspec
 
 from app.api.answers import AnswerHead, TokenSpelling, token_logprob
+from app.api.aside import aside
 from app.api.chat_prompt import prepare_chat
 from app.api.deps import ServerContext
 from app.api.errors import error_body
@@ -72,7 +73,7 @@ class ResponsesEndpoint:
         unknown: UnknownFields,
     ) -> Prepared:
         """Check the body, find what it goes on from, render it and turn it into a sequence."""
-        request = decode_struct(body, ResponsesRequest, fields=fields)
+        request = await aside(len(body), decode_struct, body, ResponsesRequest, fields=fields)
         model = context.check_model(request.model)
         store = context.responses
         previous = _find_previous(request, store, tenant)

@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 from app.api.chat_prompt import TemplateVariables, require_template, sort_variables, with_parsed_call
 from app.api.deps import ServerContext
@@ -66,7 +65,20 @@ async def render_response(
     num_tool_bytes: int,
     unknown: UnknownFields,
 ) -> ResponsesPrompt:
-    """The prompt of a response to `conversation` and the request's input. Raises InvalidRequest."""
+    """The prompt of a response to `conversation` and the input, made in a thread. Raises InvalidRequest."""
+    return await asyncio.to_thread(
+        _render, request, conversation, context, num_tool_bytes=num_tool_bytes, unknown=unknown
+    )
+
+
+def _render(
+    request: ResponsesRequest,
+    conversation: Sequence[Message],
+    context: ServerContext,
+    *,
+    num_tool_bytes: int,
+    unknown: UnknownFields,
+) -> ResponsesPrompt:
     template = require_template(context)
     chat = _chat_request(request)
     plan = plan_tools(chat, template, num_bytes=num_tool_bytes, schema_field="parameters")
@@ -76,15 +88,14 @@ async def render_response(
     instructions: list[Message] = []
     if request.instructions is not None:
         instructions.append({"role": "system", "content": request.instructions})
-    call = partial(
-        template.render,
+    text = template.render(
         [*instructions, *conversation, *new_messages],
         add_generation_prompt=True,
         continue_final_message=False,
         tools=None if plan is None else [_template_tool(tool) for tool in request.tools or ()],
         **variables.passed,
     )
-    return ResponsesPrompt(await asyncio.to_thread(call), new_messages, plan, chat, _ignored(request, variables))
+    return ResponsesPrompt(text, new_messages, plan, chat, _ignored(request, variables))
 
 
 @contextmanager

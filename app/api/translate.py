@@ -9,13 +9,14 @@ other prompts.
 
 import asyncio
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TypeVar
 
 import msgspec
 
+from app.api.aside import aside
 from app.api.constraint import prepare_grammar
 from app.api.deps import SamplingDefaults, ServerContext
 from app.api.reasoning import ReasoningPlan
@@ -33,8 +34,7 @@ _DRAWN_SEED_BITS = 53
 _UINT64 = 2**64
 _ABANDON_CHECK = 256
 """Prompts that are tokenized in one go: between two goes a gone client ends the work."""
-
-_FITTED_AT_ONCE = 64
+_BYTES_AN_ID = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +67,11 @@ class PreparedGeneration:
 
 
 async def prepare_completion(
-    request: CompletionRequest, context: ServerContext, *, limits: EngineLimits, tenant: str = ""
+    request: CompletionRequest, context: ServerContext, *, limits: EngineLimits, num_bytes: int = 0, tenant: str = ""
 ) -> PreparedGeneration:
-    """Tokenize, resolve and check against the engine's limits. Raises InvalidRequest."""
-    check_token_fields(request, limits)
-    prompts = await _prepare_prompts(request, context.tokenizer, limits)
+    """Tokenize, resolve and check against the engine's limits. Raises InvalidRequest. `num_bytes`: of the body."""
+    await aside(num_bytes, check_token_fields, request, limits)
+    prompts = await _prepare_prompts(request, context.tokenizer, limits, num_bytes=num_bytes)
     return await prepare_sequences(request, prompts, context, limits=limits, tenant=tenant)
 
 
@@ -95,7 +95,15 @@ async def prepare_sequences(
     unique = secrets.token_hex(12)
     room = limits.max_model_len
     # Made once: all sequences share its lists of ids.
-    common = sampling_params(request, context.sampling_defaults, seed=seed, room=room, bad_words=bad_words)
+    common = await aside(
+        _BYTES_AN_ID * len(request.allowed_token_ids or ()),
+        sampling_params,
+        request,
+        context.sampling_defaults,
+        seed=seed,
+        room=room,
+        bad_words=bad_words,
+    )
     common = msgspec.structs.replace(common, grammar=grammar)
     _check_some_token_is_left(common, eos_token_ids=limits.eos_token_ids)
     sequences: list[PreparedSequence] = []
@@ -267,18 +275,26 @@ async def encode_prompts(
 
 
 async def _prepare_prompts(
-    request: CompletionRequest, tokenizer: Tokenizer, limits: EngineLimits
+    request: CompletionRequest, tokenizer: Tokenizer, limits: EngineLimits, *, num_bytes: int
 ) -> list[PreparedPrompt]:
-    prompts = prompt_list(request)
+    prompts = await aside(num_bytes, prompt_list, request)
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     add_special_tokens = request.add_special_tokens is not False
-    encoded = iter(
-        await encode_prompts(texts, request, tokenizer, limits, field="prompt", add_special_tokens=add_special_tokens)
+    encoded = await encode_prompts(
+        texts, request, tokenizer, limits, field="prompt", add_special_tokens=add_special_tokens
     )
+    return await aside(num_bytes, _fit_prompts, prompts, iter(encoded), request, limits)
+
+
+def _fit_prompts(
+    prompts: Sequence[str | list[int]],
+    encoded: Iterator[list[int]],
+    request: CompletionRequest,
+    limits: EngineLimits,
+) -> list[PreparedPrompt]:
+    """Each prompt checked and shortened; `encoded` has the ids of those that are texts."""
     prepared: list[PreparedPrompt] = []
     for index, prompt in enumerate(prompts):
-        if index % _FITTED_AT_ONCE == _FITTED_AT_ONCE - 1:
-            await asyncio.sleep(0)  # a thousand of them would hold up everybody else
         where = "prompt" if len(prompts) == 1 else f"prompt[{index}]"
         if isinstance(prompt, str):
             prepared.append(fit_prompt(next(encoded), request, limits, where=where, text=prompt))

@@ -46,6 +46,9 @@ TOO_LARGE = (
 OUTGREW = "This request became too large to be handed over to another engine with the tokens that it has brought."
 QUARANTINED = "This request ended the engine before and is in quarantine: it is not tried again for ten minutes."
 
+WOKEN_AT_ONCE = 32
+"""Consumers that get an output in one turn of the event loop."""
+
 StepObserver = Callable[[int, StepStats], None]
 """Takes the generation and the figures of each step, in order, on the event loop's thread."""
 
@@ -295,7 +298,7 @@ class LocalEngineClient:
             await life.begin()
             self._life = life
             while True:
-                self._handle(await life.receive())
+                await self._handle(await life.receive())
         except EngineDeath as death:
             ready_seconds = life.ready_seconds
             self._life = None
@@ -310,13 +313,15 @@ class LocalEngineClient:
             self._life = None
             await life.end()
 
-    def _handle(self, message: Ready | StepOutputs) -> None:
+    async def _handle(self, message: Ready | StepOutputs) -> None:
         if isinstance(message, Ready):
             self._begin_serving(message)
             return
         self._last_step = message.stats
         has_tokens = has_ended = False
-        for output in message.outputs:
+        for count, output in enumerate(message.outputs, start=1):
+            if count % WOKEN_AT_ONCE == 0:
+                await asyncio.sleep(0)  # a thousand streams that go on in one turn would hold up everybody else
             sequence = self._journal.receive(output)
             has_tokens = has_tokens or bool(output.token_ids)
             has_ended = has_ended or (sequence is not None and sequence.is_finished)

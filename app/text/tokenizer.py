@@ -53,7 +53,6 @@ class Tokenizer:
 
     async def encode(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """The ids of each text; raises `InvalidRequest` for a text with a lone surrogate."""
-        _refuse_surrogates(texts)
         if sum(map(len, texts)) < LARGE_CHARS:
             return await asyncio.to_thread(self._encode_batch, texts, add_special_tokens)
         # Whoever waits for it may leave, but the next one does not begin before its thread is done.
@@ -61,7 +60,6 @@ class Tokenizer:
 
     def encode_now(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """`encode` for short texts outside the event loop; raises the same."""
-        _refuse_surrogates((text,))
         return self._encode_batch((text,), add_special_tokens)[0]
 
     def least_num_tokens(self, text: str) -> int:
@@ -115,6 +113,7 @@ class Tokenizer:
                 await asyncio.to_thread(trim)
 
     def _encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        _refuse_surrogates(texts)
         # Unlike `encode`, the batch call releases the GIL; "fast" skips the offsets, which nobody reads.
         encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]

@@ -1,23 +1,27 @@
 """What servers like this one have been brought down by, and the largest legal request of each kind, one at a time.
 
-Each is sent to a `headwater serve` while /health is asked without pause. Told are the status, the longest wait of a
-probe (an upper bound of the longest stall of the event loop), by how much the client itself was late, and the
-peak of the API process's memory. A row survives where the status is one of those expected, every probe is answered, and
-an ordinary request afterwards says what it said before.
+Each is sent to a `headwater serve` while /health is asked without pause. Told are the status, the longest stall of
+the event loop as the server itself saw it (`loadtest.watched_server`), the longest wait of a probe, by how much the
+client itself was late, and the peak of the API process's memory. A row survives where the status is one of those
+expected, every probe is answered, and an ordinary request afterwards says what it said before.
 """
 
 import asyncio
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
 from loadtest.faults.crowd import served
 from loadtest.faults.ledger import Ledger, Outcome
 from loadtest.faults.replicas import Replica
+from loadtest.watched_server import read_stalls
 
 MAX_STALL = 0.020
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
+MESSAGES, COUNT, RESPONSES = "/v1/messages", "/v1/messages/count_tokens", "/v1/responses"
 _SECONDS = 60.0
 _PAUSE = 0.002
 
@@ -40,13 +44,17 @@ async def run_attacks(ledger: Ledger, *, flags: Sequence[str], names: Sequence[s
         if names and attack.name not in names:
             continue
         # A server of its own for each: a peak is a peak of this one.
-        async with served(*flags) as server:
-            await _try(ledger, server, attack)
+        with tempfile.TemporaryDirectory(prefix="attacks-") as scratch:
+            stalls = Path(scratch) / "stalls.jsonl"
+            async with served(*flags, stalls=stalls) as server:
+                await _try(ledger, server, attack, stalls=stalls)
 
 
 def attacks() -> list[Attack]:
     """The largest legal ones first."""
     text = "a b " * 470_000
+    ids = [100 + index % 900 for index in range(400_000)]
+    scored = {"prompt": ids[:8000], "max_tokens": 1, "prompt_logprobs": 20}
     say = [{"role": "user", "content": "Hi"}]
     wide = {f"p{index}": {"type": "string", "maxLength": 5} for index in range(2000)}
     tools = [
@@ -57,12 +65,18 @@ def attacks() -> list[Attack]:
         _legal("the longest text as a prompt", COMPLETIONS, {"prompt": text, "max_tokens": 1}),
         _legal("the longest text in a chat", CHAT, {"messages": [{"role": "user", "content": text}], "max_tokens": 1}),
         _legal("the most messages", CHAT, {"messages": say * 40_000, "max_tokens": 1}),
-        _legal("the most token ids", COMPLETIONS, {"prompt": [100 + i % 900 for i in range(400_000)], "max_tokens": 1}),
+        _legal("the most token ids", COMPLETIONS, {"prompt": ids, "max_tokens": 1}),
+        _legal("the most allowed ids", COMPLETIONS, {"prompt": "a", "max_tokens": 1, "allowed_token_ids": ids}),
+        _legal("log-probabilities of 8,000 tokens, 20 at each", COMPLETIONS, scored),
+        _legal("the most messages of Anthropic's form", MESSAGES, {"messages": say * 40_000, "max_tokens": 1}),
+        _legal("the most messages to count", COUNT, {"messages": say * 40_000}),
+        _legal("the most items", RESPONSES, {"input": say * 40_000, "max_output_tokens": 1}),
         _legal("1,024 prompts", COMPLETIONS, {"prompt": ["a b c " * 300] * 1024, "max_tokens": 1}),
         _legal("1,024 choices", COMPLETIONS, {"prompt": "a", "n": 1024, "max_tokens": 1}),
         _legal("64 tools, one of them forced", CHAT, _with(say, tools=tools, tool_choice="required")),
         _legal("the longest text to tokenize", TOKENIZE, {"prompt": text, "return_token_strs": True}),
-        _legal("the most ids to detokenize", DETOKENIZE, {"tokens": [100 + i % 900 for i in range(400_000)]}),
+        _legal("the most ids to detokenize", DETOKENIZE, {"tokens": ids}),
+        _bad("100,000 unknown fields", CHAT, {"messages": say} | {f"x{index}": 1 for index in range(100_000)}),
         _bad(
             "a schema of 2,000 properties",
             COMPLETIONS,
@@ -112,7 +126,7 @@ def _image() -> dict[str, object]:
     return {"role": "user", "content": [url]}
 
 
-async def _try(ledger: Ledger, server: Replica, attack: Attack) -> None:
+async def _try(ledger: Ledger, server: Replica, attack: Attack, *, stalls: Path) -> None:
     ordinary = msgspec.json.encode({"prompt": "a", "max_tokens": 4, "temperature": 0, "ignore_eos": True})
     _, before = await _send(server.port, COMPLETIONS, ordinary)
     waits: list[float] = []
@@ -127,13 +141,15 @@ async def _try(ledger: Ledger, server: Replica, attack: Attack) -> None:
     for task in watching:
         task.cancel()
     _, after = await _send(server.port, COMPLETIONS, ordinary)
-    stall, lag = max(waits[began:], default=0.0), max(lags, default=0.0)
+    wait, lag = max(waits[began:], default=0.0), max(lags, default=0.0)
+    seen = list(read_stalls(stalls, since=start))
+    stall = max((one.own for one in seen), default=0.0)
     said_before, said_after = (msgspec.json.decode(body).get("choices", body) for body in (before, after))
     problems = [
         *([f"answered {status}: {answer[:160]!r}"] if status not in attack.statuses else []),
         *(["an ordinary request is answered otherwise afterwards"] if said_before != said_after else []),
     ]
-    slow = f"a probe waited {1e3 * stall:.0f} ms, the aim is 20 ms" if stall > MAX_STALL else ""
+    slow = f"the event loop stood still for {1e3 * stall:.0f} ms, the aim is 20 ms" if stall > MAX_STALL else ""
     ledger.add(
         "attacks",
         attack.name,
@@ -142,7 +158,9 @@ async def _try(ledger: Ledger, server: Replica, attack: Attack) -> None:
         detail="; ".join(problems) or slow,
         status=status,
         seconds=seconds,
-        longest_probe_ms=1e3 * stall,
+        longest_stall_ms=1e3 * stall,
+        longest_stall_beside_others_ms=1e3 * max((one.late for one in seen), default=0.0),
+        longest_probe_ms=1e3 * wait,
         probe_before_ms=1e3 * base,
         client_late_ms=1e3 * lag,
         peak_mib=server.peak_mib,

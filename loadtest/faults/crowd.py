@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
+from pathlib import Path
 
 import msgspec
 
@@ -303,9 +304,9 @@ async def _until_quiet(server: Replica) -> None:
 
 
 @asynccontextmanager
-async def served(*flags: str) -> AsyncIterator[Replica]:
-    """A server in processes of its own."""
-    server = Replica(*flags)
+async def served(*flags: str, stalls: Path | None = None) -> AsyncIterator[Replica]:
+    """A server in processes of its own; `stalls` as `Replica` takes it."""
+    server = Replica(*flags, stalls=stalls)
     try:
         await asyncio.to_thread(server.start)
         yield server

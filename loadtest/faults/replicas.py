@@ -32,10 +32,12 @@ _LIVE = re.compile(r"^headwater_num_requests_(?:running|waiting)\{.*\} ([0-9.]+)
 class Replica:
     """One server. Its port stays the same when it is started again."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, stalls: Path | None = None) -> None:
+        """`stalls`: where `loadtest.watched_server` tells of its event loop."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = int(free.getsockname()[1])
-        self._command = [sys.executable, "-P", "-m", "app.cli", "serve", "--port", str(self.port), *flags]
+        module = ["app.cli"] if stalls is None else ["loadtest.watched_server", str(stalls)]
+        self._command = [sys.executable, "-P", "-m", *module, "serve", "--port", str(self.port), *flags]
         self._process: subprocess.Popen[bytes] | None = None
         self._engine_pid: int | None = None
 

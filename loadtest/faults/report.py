@@ -113,9 +113,12 @@ _SIMPLE = (
         "One request each, the legal ones marked, to a server of its own with a context of 1,000,000 tokens on the "
         "scripted tier, so that no "
         "text of 2 MiB is too long; /health is asked without pause meanwhile. Wrong: another status than expected, or "
-        "an ordinary request is answered otherwise afterwards. The longest wait of a probe is an upper bound of the "
-        "longest stall of the event loop (aim: 20 ms); a busy machine adds to it, and so does the client, "
-        "which says how late it was itself. The peak is of the API process's resident memory. "
+        "an ordinary request is answered otherwise afterwards. The longest stall (aim: 20 ms) is by how much a timer "
+        "in the server's own event loop was late, less the wait for a processor, and at most the CPU time that it "
+        "used meanwhile; the one beside others is without that bound, so that other work on the machine counts where "
+        "it holds up who holds the interpreter's lock (`loadtest/watched_server.py`; not in the oldest trials). The "
+        "longest wait of a probe is as a client on the same machine sees it; the client says how late it was itself. "
+        "The peak is of the API process's resident memory. "
         "[The threat model](explanation/threat-model.md) says what holds the rows that are not here.",
     ),
     (

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,12 @@ import pytest
 
 from app.client.autopsy import is_stopped
 from app.client.engine_client import EngineState
-from app.client.local import LocalEngineClient
+from app.client.local import WOKEN_AT_ONCE, LocalEngineClient
 from app.client.process import EngineLaunch, EngineProcess
 from app.client.supervisor import EngineDeath, EngineLife
 from app.core.config import EngineConfig
 from app.core.errors import ConfigurationError, EngineFailed, EngineUnavailable
-from app.core.types import FinishReason
+from app.core.types import EngineRequest, FinishReason
 from app.ipc.progress import EnginePhase
 from tests.process.engines import (
     FAKE_ENGINE,
@@ -316,3 +317,26 @@ def test_neither_the_client_nor_a_scripted_engine_loads_torch_numpy_or_fastapi()
     assert "torch" not in maps
     assert "numpy" not in maps
     assert not {"torch", "numpy", "transformers", "fastapi", "app.engine", "app.scheduler"} & set(modules.split())
+
+
+async def test_a_step_of_many_streams_leaves_turns_of_the_loop_to_others() -> None:
+    turn = 0
+    woken: Counter[int] = Counter()
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    async def follow(asked: EngineRequest) -> None:
+        async for _ in client.generate(asked):
+            woken[turn] += 1
+
+    config = msgspec.structs.replace(scripted(step_seconds=0.02, max_num_batched_tokens=4096), max_num_seqs=200)
+    async with running(config) as client:
+        counting = asyncio.create_task(count_turns())
+        await asyncio.gather(*(follow(request(f"r{number}", max_tokens=3)) for number in range(200)))
+        counting.cancel()
+    assert woken.total() >= 200
+    assert max(woken.values()) <= 2 * WOKEN_AT_ONCE

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from app.api.aside import aside
 from app.api.body import check_headers, read_body
 from app.api.deps import ServerContext
 from app.api.openapi import BODY_ERRORS, json_reply
@@ -28,7 +29,8 @@ def routes(context: ServerContext) -> APIRouter:
         """Always refused: the served model writes text and is no embedding model."""
         check_headers(request.scope, context.limits)
         with context.admission.enter(RequestRecord.of(request.scope).share) as room:
-            decode_keys(await read_body(request.receive, context.limits, room=room))
+            body = await read_body(request.receive, context.limits, room=room)
+            await aside(len(body), decode_keys, body)
         raise InvalidRequest(
             f"The served model {context.model_names[0]} writes text; it is no embedding model. "
             "Send this request to a server of one.",

@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter, Request, Response
 
+from app.api.aside import aside
 from app.api.body import check_headers, read_body
 from app.api.deps import ServerContext
 from app.api.errors import MessagesErrorBody
@@ -55,10 +56,10 @@ def routes(context: ServerContext) -> APIRouter:
 
 
 async def _count(body: bytes, context: ServerContext) -> Response:
-    fields = decode_keys(body)
+    fields = await aside(len(body), decode_keys, body)
     unknown = COUNT_TOKENS.unknown if context.limits.unknown_fields is None else context.limits.unknown_fields
     ignored = COUNT_TOKENS.sort(fields, unknown=unknown)
-    counted = decode_struct(body, CountTokensRequest, fields=fields)
+    counted = await aside(len(body), decode_struct, body, CountTokensRequest, fields=fields)
     context.check_model(counted.model)
     limits = context.known_limits()
     prompt = await render_conversation(counted, context, num_tool_bytes=len(bytes(fields.get("tools", b""))))

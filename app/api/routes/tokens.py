@@ -1,6 +1,5 @@
 """`POST /tokenize`, `POST /detokenize`, `GET /tokenizer_info`."""
 
-import asyncio
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -9,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
 from app.api.admission import BodyRoom
+from app.api.aside import aside
 from app.api.body import check_headers, read_body
 from app.api.chat_prompt import check_kwargs, render, require_template
 from app.api.deps import ServerContext
@@ -30,6 +30,7 @@ from app.text.tokenizer import Tokenizer
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
+_BYTES_AN_ID = 8
 _EXAMPLES = {
     "a_text": {"prompt": "你好", "return_token_strs": True},
     "messages": {"messages": [{"role": "user", "content": "Hi"}]},
@@ -51,7 +52,7 @@ def routes(context: ServerContext) -> APIRouter:
         check_headers(request.scope, context.limits)
         with context.admission.enter(RequestRecord.of(request.scope).share) as room:
             body, fields = await _read(request, context, TokenizeRequest, room=room)
-            return JsonResponse(await _tokenize(body, fields, context))
+            return await _tokenize(body, fields, context)
 
     @router.post(
         "/detokenize",
@@ -64,7 +65,7 @@ def routes(context: ServerContext) -> APIRouter:
         check_headers(request.scope, context.limits)
         with context.admission.enter(RequestRecord.of(request.scope).share) as room:
             body, _ = await _read(request, context, DetokenizeRequest, room=room)
-            return JsonResponse(await _detokenize(body, context))
+            return await _detokenize(body, context)
 
     @router.get("/tokenizer_info", responses=json_reply(TokenizerInfo), response_class=Response)
     async def tokenizer_info() -> Response:
@@ -78,13 +79,11 @@ async def _read(
     request: Request, context: ServerContext, kind: type[Body], *, room: BodyRoom
 ) -> tuple[Body, dict[str, msgspec.Raw]]:
     body = await read_body(request.receive, context.limits, room=room)
-    fields = decode_keys(body)
-    return decode_struct(body, kind, fields=fields), fields
+    fields = await aside(len(body), decode_keys, body)
+    return await aside(len(body), decode_struct, body, kind, fields=fields), fields
 
 
-async def _tokenize(
-    body: TokenizeRequest, fields: Mapping[str, msgspec.Raw], context: ServerContext
-) -> TokenizeResponse:
+async def _tokenize(body: TokenizeRequest, fields: Mapping[str, msgspec.Raw], context: ServerContext) -> JsonResponse:
     context.check_model(body.model)
     limits = context.known_limits()
     conversation = conversation_of(body)
@@ -96,22 +95,33 @@ async def _tokenize(
         adds_special, field = bool(body.add_special_tokens), "messages"
     check_text_size([text], context.tokenizer, field=field, max_tokens=limits.max_model_len)
     (token_ids,) = await context.tokenizer.encode([text], adds_special)
-    spelled = await asyncio.to_thread(_spell, token_ids, context.tokenizer) if body.return_token_strs else None
-    return TokenizeResponse(
-        count=len(token_ids), max_model_len=limits.max_model_len, tokens=token_ids, token_strs=spelled
-    )
+
+    def answer() -> TokenizeResponse:
+        spelled = _spell(token_ids, context.tokenizer) if body.return_token_strs else None
+        return TokenizeResponse(
+            count=len(token_ids), max_model_len=limits.max_model_len, tokens=token_ids, token_strs=spelled
+        )
+
+    return await JsonResponse.of(answer, num_bytes=_BYTES_AN_ID * len(token_ids))
 
 
-async def _detokenize(body: DetokenizeRequest, context: ServerContext) -> DetokenizeResponse:
+async def _detokenize(body: DetokenizeRequest, context: ServerContext) -> JsonResponse:
     context.check_model(body.model)
-    check_token_ids(body.tokens, field="tokens", vocab_size=context.known_limits().vocab_size)
-    text = await asyncio.to_thread(context.tokenizer.decode, body.tokens, False)
-    spelled = await asyncio.to_thread(_spell, body.tokens, context.tokenizer) if body.return_token_strs else UNSET
-    return DetokenizeResponse(prompt=text, token_strs=spelled)
+    vocab_size = context.known_limits().vocab_size
+
+    def answer() -> DetokenizeResponse:
+        check_token_ids(body.tokens, field="tokens", vocab_size=vocab_size)
+        text = context.tokenizer.decode(body.tokens, False)
+        spelled = _spell(body.tokens, context.tokenizer) if body.return_token_strs else UNSET
+        return DetokenizeResponse(prompt=text, token_strs=spelled)
+
+    return await JsonResponse.of(answer, num_bytes=_BYTES_AN_ID * len(body.tokens))
 
 
 def _spell(token_ids: list[int], tokenizer: Tokenizer) -> list[str]:
-    return [tokenizer.token_text(token_id) for token_id in token_ids]
+    # One text for equal ids: a million of their own would be freed in one go, and the lock held for it.
+    texts = {token_id: tokenizer.token_text(token_id) for token_id in set(token_ids)}
+    return [texts[token_id] for token_id in token_ids]
 
 
 def _info(tokenizer: Tokenizer) -> TokenizerInfo:
