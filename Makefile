@@ -24,7 +24,7 @@ EDITABLE := PYTHONWARNINGS=ignore $(PIP) install --quiet --no-deps --no-build-is
 SANITIZE := -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 # Tests of the kernels that import no torch.
 SANITIZED := $(addprefix tests/,numerics/test_native_shapes.py numerics/test_native_precision.py \
-	numerics/test_native_blocks.py \
+	numerics/test_native_blocks.py numerics/test_native_draws.py \
 	numerics/test_native_bits.py unit/test_native_runner.py unit/test_native_weights.py)
 # Tests never ask a model hub.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

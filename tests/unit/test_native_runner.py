@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,22 +111,22 @@ def test_the_budget_is_whole_blocks() -> None:
     assert budget(1e-9, 9999) == 64
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
-def test_draws_in_c_are_the_samplers(runner: NativeRunner, temperature: float) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [{"temperature": 3.0}, {"top_p": 0.8, "top_k": 90}, {"temperature": 0.0, "repetition_penalty": 1.7}],
+    ids=str,
+)
+def test_draws_in_c_are_the_samplers(runner: NativeRunner, fields: dict[str, Any]) -> None:
     hand = Hand(runner)
     logits = hand.logits(hand.entry(0, PROMPT, (1, 2)))[0]
-    in_c = 0
-    forward = runner.forward(StepPlan(step_id=0, entries=(hand.entry(3, PROMPT, (1, 2)),)))
-    for seed in range(300):
-        params = SamplingParams(seed=seed * 2**40 + seed, max_tokens=9, temperature=temperature)
+    for seed in range(50):
+        params = SamplingParams(seed=seed * 2**40 + seed, max_tokens=9, **fields)
         hand.started.clear()
-        entry = hand.entry(3, PROMPT, (1, 2), params=params)
-        plan = StepPlan(step_id=0, entries=(entry,))
-        runner.rows.begin(plan)
-        expected = sampler(params).sample_row(logits, len(PROMPT))[0]
-        in_c += bool(runner.draw_plainly(plan.entries, forward))
-        assert runner.sample(plan, forward).rows[0].token_ids == (expected,)
-    assert in_c > 280
+        plan = StepPlan(step_id=0, entries=(hand.entry(3, PROMPT, (1, 2), params=params),))
+        forward = runner.forward(plan)
+        token_id, _ = sampler(params).sample_row(logits, len(PROMPT))
+        assert runner.draw_rows(plan.entries, forward, {}) == {0: token_id}
+        assert runner.sample(plan, forward).rows[0].token_ids == (token_id,)
 
 
 def test_logits_of_padding_never_win(tmp_path: Path) -> None:

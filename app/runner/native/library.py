@@ -4,7 +4,7 @@ Pointers are numpy addresses: whoever fills a struct keeps its arrays alive.
 """
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 import numpy as np
@@ -105,20 +105,36 @@ class CStep(Structure):
     )
 
 
-class CDraws(Structure):
-    """hw_draws."""
+class CRow(Structure):
+    """hw_row."""
 
     _fields_ = (
-        ("num_rows", c_int32),
-        ("vocab", c_int32),
-        ("stride", c_int64),
         ("logits", c_void_p),
-        ("slots", c_void_p),
-        ("best_ids", c_void_p),
-        ("temperatures", c_void_p),
-        ("seeds", c_void_p),
-        ("positions", c_void_p),
-        ("token_ids", c_void_p),
+        ("mask", c_void_p),
+        ("repeated_ids", c_void_p),
+        ("output_ids", c_void_p),
+        ("bias_ids", c_void_p),
+        ("banned_ids", c_void_p),
+        ("allowed_ids", c_void_p),
+        ("output_counts", c_void_p),
+        ("bias_values", c_void_p),
+        ("seed", c_uint64),
+        ("position", c_uint64),
+        ("top_p", c_double),
+        ("repetition_penalty", c_float),
+        ("presence_penalty", c_float),
+        ("frequency_penalty", c_float),
+        ("temperature", c_float),
+        ("lowest_score", c_float),
+        ("top_k", c_int32),
+        ("num_repeated", c_int32),
+        ("num_output", c_int32),
+        ("num_bias", c_int32),
+        ("num_banned", c_int32),
+        ("num_allowed", c_int32),
+        ("best_id", c_int32),
+        ("token_id", c_int32),
+        ("reserved", c_int32),
     )
 
 
@@ -136,7 +152,7 @@ class Library:
         self.close = self._function("hw_close", None, c_void_p)
         self.forward = self._function("hw_forward", c_int32, *step_arguments)
         self.score = self._function("hw_score", c_int32, *step_arguments)
-        self.draw = self._function("hw_draw", None, c_void_p, POINTER(CDraws))
+        self.draw = self._function("hw_draw", c_int32, c_void_p, c_int32, c_int32, c_void_p)
         self.pack_bf16 = self._function("hw_pack_bf16", None, c_void_p, *pack)
         self.pack_int8 = self._function("hw_pack_int8", None, c_void_p, c_void_p, c_void_p, *pack)
         self.pack_blocks = self._function(
@@ -160,7 +176,7 @@ class Library:
     def _check_sizes(self) -> None:
         sizes = np.zeros(5, dtype=np.int32)
         self._function("hw_sizes", None, c_void_p)(sizes.ctypes.data)
-        ours = [ctypes.sizeof(struct) for struct in (CLinear, CLayer, CModel, CStep, CDraws)]
+        ours = [ctypes.sizeof(struct) for struct in (CLinear, CLayer, CModel, CStep, CRow)]
         if sizes.tolist() != ours:
             raise TierUnavailable(f"the native kernels have structs of {sizes.tolist()} bytes, not {ours}")
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.core.plan import PlanEntry, RowStart, StepPlan
+from app.runner.native.draws import RowDraw
 from app.runner.sampling import RowSampler
 from app.runner.sampling.draw import is_greedy
 
@@ -15,6 +16,7 @@ class Row:
 
     def __init__(self, start: RowStart, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self.sampler = RowSampler(start, vocab_size, eos_token_ids)
+        self.draw = RowDraw(self.sampler)
         self.prompt_token_ids = start.prompt_token_ids
         self.params = start.params
         params = start.params
@@ -22,20 +24,13 @@ class Row:
             params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         )
         is_masked = bool(params.logit_bias or params.allowed_token_ids or params.bad_words or params.grammar)
-        is_filtered = params.min_p > 0.0 or params.top_k > 0 or params.top_p < 1.0
         self._is_plain = not (is_changed or is_masked) and params.num_logprobs is None and self.sampler.refusal is None
         self._is_greedy = is_greedy(params)
-        self._is_filtered = is_filtered
         self._first_plain_position = len(start.prompt_token_ids) + params.min_tokens
 
     def takes_largest(self, position: int) -> bool:
         """The token for `position` is the largest raw logit and nothing else is asked: no logits are needed."""
         return self._is_greedy and self._is_plain and position >= self._first_plain_position
-
-    def draws_plainly(self, position: int) -> bool:
-        """The token for `position` is drawn from the raw logits at a temperature, and nothing else is asked."""
-        is_raw = self._is_plain and position >= self._first_plain_position
-        return is_raw and not (self._is_greedy or self._is_filtered)
 
 
 class RowTable:

@@ -1,4 +1,4 @@
-"""The native tier as a ModelRunner: turns a plan into index arrays, makes one C call, draws with numpy.
+"""The native tier as a ModelRunner: turns a plan into index arrays, makes a C call for the step and one for its draws.
 
 Rule 2 of the design holds: the kernels fix each row's order of reduction by shape, the sampler looks at
 one row, and neither sees who shares the step.
@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from app.core.plan import LogitsNeed, PlanEntry, RowResult, StepPlan, StepResult
 from app.core.types import TokenLogprobs
 from app.runner.base import Forward, RunnerInfo, StepMasks
-from app.runner.native.library import CDraws, CStep, Library, address
+from app.runner.native.draws import MOST_TOKENS, RowDraw, draw_rows
+from app.runner.native.library import CStep, Library, address
 from app.runner.native.model import BLOCK_SIZE, NativeModel
 from app.runner.native.rows import Row, RowTable
 from app.runner.sampling import RowError, score_prompt
+from app.runner.sampling.logprobs import token_logprobs
 
 _SCORE_ROWS = 32
 """Rows of logits that exist at once when a whole prompt is scored."""
@@ -111,7 +113,7 @@ class NativeRunner:
         """Draw the next tokens of the step that `forward` computed, which must be the last one."""
         assert isinstance(forward, NativeForward)
         by_row: StepMasks = {} if masks is None else masks
-        drawn = self.draw_plainly(plan.entries, forward)
+        drawn = self.draw_rows(plan.entries, forward, by_row)
         rows = tuple(
             self._sample_entry(index, entry, forward, by_row.get(entry.row), drawn.get(index))
             for index, entry in enumerate(plan.entries)
@@ -161,37 +163,23 @@ class NativeRunner:
         if function(self.context, self.model.reference, ctypes.byref(step)) < 0:
             raise MemoryError(f"no memory for a step of {len(arrays.token_ids)} tokens; lower --max-num-batched-tokens")
 
-    def draw_plainly(self, entries: Sequence[PlanEntry], forward: NativeForward) -> dict[int, int]:
-        """Tokens by entry for those that only have a temperature, in one C call; those in doubt are left out."""
-        wanted = forward.wanted
-        rows = [
-            (index, at)
-            for index, at in forward.logits_rows.items()
-            if wanted.is_finite[at] and self.rows[entries[index].row].draws_plainly(_next_position(entries[index]))
-        ]
-        if not rows:
-            return {}
-        picked = np.array([at for _, at in rows])
-        params = [self.rows[entries[index].row].params for index, _ in rows]
-        slots, best_ids = wanted.slots[picked], wanted.best_ids[picked]
-        temperatures = np.array([p.temperature for p in params], dtype=np.float32)
-        seeds = np.array([p.seed for p in params], dtype=np.uint64)
-        positions = np.array([_next_position(entries[index]) for index, _ in rows], dtype=np.uint64)
-        token_ids = np.empty(len(rows), dtype=np.int32)
-        draws = CDraws(
-            num_rows=len(rows),
-            vocab=self._info.vocab_size,
-            stride=self.model.logits_stride,
-            logits=address(wanted.logits),
-            slots=address(slots),
-            best_ids=address(best_ids),
-            temperatures=address(temperatures),
-            seeds=address(seeds),
-            positions=address(positions),
-            token_ids=address(token_ids),
-        )
-        self.library.draw(self.context, ctypes.byref(draws))
-        return {index: token for (index, _), token in zip(rows, token_ids.tolist(), strict=True) if token >= 0}
+    def draw_rows(self, entries: Sequence[PlanEntry], forward: NativeForward, masks: StepMasks) -> dict[int, int]:
+        """Tokens by entry, of all rows whose logits were asked for, in one C call; what it cannot draw is left out."""
+        wanted, stride = forward.wanted, self.model.logits_stride * 4
+        begin, slots, best_ids = wanted.logits.ctypes.data, wanted.slots.tolist(), wanted.best_ids.tolist()
+        draws: dict[int, RowDraw] = {}
+        for index, at in forward.logits_rows.items():
+            entry = entries[index]
+            row = self.rows[entry.row]
+            if slots[at] < 0 or not wanted.is_finite[at] or row.sampler.refusal is not None:
+                continue
+            mask = masks.get(entry.row)
+            row.draw.aim(begin + slots[at] * stride, _next_position(entry), best_id=best_ids[at], mask=mask)
+            draws[index] = row.draw
+        if draws and self._info.vocab_size <= MOST_TOKENS:
+            draw_rows(self.library, self.context, self._info.vocab_size, list(draws.values()))
+            return {index: draw.token_id for index, draw in draws.items() if draw.token_id is not None}
+        return {}
 
     def _sample_entry(
         self, index: int, entry: PlanEntry, forward: NativeForward, mask: NDArray[np.int32] | None, drawn: int | None
@@ -218,12 +206,16 @@ class NativeRunner:
         wanted, at = forward.wanted, forward.logits_rows[index]
         if not wanted.is_finite[at]:
             raise RowError(_NOT_FINITE)
-        if wanted.slots[at] < 0 or drawn is not None:
-            token_id = int(wanted.best_ids[at]) if drawn is None else drawn
+        if wanted.slots[at] < 0:
+            token_id = int(wanted.best_ids[at])
             row.sampler.observe(token_id)
             return token_id, None
         logits = wanted.logits[wanted.slots[at], : self._info.vocab_size]
-        return row.sampler.sample_row(logits, _next_position(entry), mask=mask)
+        if drawn is None:  # numpy draws, or says why nothing can be drawn
+            return row.sampler.sample_row(logits, _next_position(entry), mask=mask)
+        row.sampler.observe(drawn)
+        num_logprobs = row.params.num_logprobs
+        return drawn, None if num_logprobs is None else token_logprobs(logits, drawn, num_logprobs)
 
     def _score(self, index: int, entry: PlanEntry, row: Row, forward: NativeForward) -> tuple[TokenLogprobs, ...]:
         """Logprobs of the prompt positions start + 1 .. end, a few rows of logits at a time."""

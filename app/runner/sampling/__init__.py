@@ -16,7 +16,7 @@ from app.runner.sampling.errors import RowError
 from app.runner.sampling.logprobs import score_prompt
 from app.runner.sampling.row import RowSampler
 
-SAMPLER_EPOCH = 1
+SAMPLER_EPOCH = 2
 """Part of the fingerprint: raised when the same logits, parameters and seed would bring other tokens."""
 
 __all__ = ["SAMPLER_EPOCH", "RowError", "RowSampler", "score_prompt"]

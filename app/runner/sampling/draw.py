@@ -1,17 +1,17 @@
 """One token from changed logits: greedy, by inverse CDF (CPU tiers) or by Gumbel noise (device tiers).
 
-The inverse CDF goes through the kept tokens in id order: weights are exp(score) in float32, their
-running sum is float64 (by blocks of 256, which is five times faster), and the token is the first whose
-running sum exceeds u x total. u < 1 and the sum's last value is the total, so there always is one, and
-a token of weight 0 is never it.
+The inverse CDF goes through the kept tokens in id order (`weights` says what each weighs), and the token is
+the first whose running sum exceeds u x total. u < 1 and the sum's last value is the total, so there always is one,
+and a token of weight 0 is never it. Sums are exact: blocks of 256 change nothing and are five times faster.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app.core.types import SamplingParams
-from app.runner.sampling.filters import Ids, Scores, keep_ids
+from app.runner.sampling.filters import Ids, keep_ids
 from app.runner.sampling.philox import gumbel_noise, uniform
+from app.runner.sampling.weights import Scores, weights_of
 
 _SUM_BLOCK = 256
 GREEDY_BELOW = 1e-5
@@ -35,7 +35,7 @@ def draw(logits: NDArray[np.float32], params: SamplingParams, position: int) -> 
 
 def inverse_cdf(scores: Scores, kept: Ids | None, u: float) -> int:
     """The id among `kept` (ascending; None: all) at which the running mass first exceeds u x total."""
-    weights = np.exp(scores if kept is None else scores[kept])
+    weights = weights_of(scores if kept is None else scores[kept])
     starts = np.arange(0, len(weights), _SUM_BLOCK)
     ends = np.add.reduceat(weights, starts, dtype=np.float64).cumsum()  # running sum after each block
     target = u * ends[-1]
@@ -43,8 +43,6 @@ def inverse_cdf(scores: Scores, kept: Ids | None, u: float) -> int:
     within = weights[starts[block] : starts[block] + _SUM_BLOCK].cumsum(dtype=np.float64)
     within += ends[block - 1] if block else 0.0
     index = int(np.searchsorted(within, target, side="right"))
-    if index == len(within):  # the block's two sums were rounded apart around the target
-        index = int(np.searchsorted(within, within[-1], side="left"))
     index += int(starts[block])
     return index if kept is None else int(kept[index])
 

@@ -9,7 +9,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-Scores = NDArray[np.float32]
+from app.runner.sampling.weights import Scores, weights_of
+
 Ids = NDArray[np.int64]
 
 _SHORTLIST = 1024
@@ -38,9 +39,9 @@ def largest(scores: Scores, count: int) -> Ids:
 def nucleus(scores: Scores, top_p: float) -> Ids:
     """Indices, ascending, of the tokens before which (in order) less than `top_p` of the mass stands.
 
-    The first token is always among them. Masses are sums in float64 of exp(score) in float32.
+    The first token is always among them. Masses are sums in float64 of `weights_of`, which are exact.
     """
-    weights = np.exp(scores)
+    weights = weights_of(scores)
     target = top_p * float(weights.sum(dtype=np.float64))
     head = largest(scores, _SHORTLIST)
     head_mass = float(weights[head].sum(dtype=np.float64))
@@ -95,8 +96,17 @@ def _nucleus_border(scores: Scores, weights: Scores, target: float) -> tuple[np.
             continue
         mass_above, num_above = mass_above + upper_mass, num_above + num_upper
         if mass_above + num_equal * weight >= target or num_upper + num_equal == len(scores):
-            needed = math.ceil((target - mass_above) / weight) if weight > 0.0 else 1
-            return pivot, num_above + max(1, min(needed, num_equal))
+            return pivot, num_above + _num_needed(target, mass_above, weight, num_equal)
         lower = ~(upper | equal)
         mass_above, num_above = mass_above + num_equal * weight, num_above + num_equal
         scores, weights = scores[lower], weights[lower]
+
+
+def _num_needed(target: float, mass_above: float, weight: float, num_equal: int) -> int:
+    """The fewest of `num_equal` tokens, one at least, with which the mass reaches `target`; all where none do."""
+    if weight == 0.0:
+        return 1
+    needed = max(1, math.ceil((target - mass_above) / weight) - 1)  # a quotient may be rounded up
+    while needed < num_equal and mass_above + needed * weight < target:
+        needed += 1
+    return min(needed, num_equal)

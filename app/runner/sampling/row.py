@@ -41,7 +41,7 @@ class RowSampler:
         self._seen = TokenCounts((*start.prompt_token_ids, *start.output_token_ids) if self._repeats else ())
         self._output = TokenCounts(start.output_token_ids if self._counts_output else ())
         is_free = not (params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens)
-        self._is_unchanged = is_free and not (self._repeats or self._counts_output)
+        self.is_unchanged = is_free and not (self._repeats or self._counts_output)
         """Every draw is from the raw logits."""
         self.refusal = _refusal(start, vocab_size)
         """Why no token of this row can be drawn, or None. Set at once, so that a step never fails for it."""
@@ -57,7 +57,7 @@ class RowSampler:
         """
         if logits.shape != (self._vocab_size,):
             raise ValueError(f"logits have shape {logits.shape}; give ({self._vocab_size},)")
-        changed = logits if self._is_unchanged else self.changes().apply(logits)
+        changed = logits if self.is_unchanged else self.changes().apply(logits)
         if mask is None:
             self.check(float(logits.max()), float(changed.max()))
             token_id = draw(changed, self.params, position)

@@ -68,16 +68,25 @@ typedef struct {
     uint8_t *is_finite;                   /* [num_logits] */
 } hw_step;
 
-/* Rows of logits of one step to draw from at a temperature, without filters or penalties. */
+/* A row to draw from: app.runner.sampling's parameters, its changes to the logits, and the token. Ids that changes
+ * name lie within the vocabulary, each but those of banned_ids once. */
 typedef struct {
-    int32_t num_rows, vocab;
-    int64_t stride; /* floats from a row of logits to the next */
-    const float *logits;
-    const int32_t *slots, *best_ids; /* [num_rows] row of logits; id of its largest */
-    const float *temperatures;
-    const uint64_t *seeds, *positions;
-    int32_t *token_ids; /* out */
-} hw_draws;
+    const float *logits;  /* [vocab], all finite */
+    const int32_t *mask;  /* [vocab / 32, up] bit i % 32 of word i / 32: token i may be drawn; or NULL */
+    const int64_t *repeated_ids, *output_ids, *bias_ids, *banned_ids;
+    const int64_t *allowed_ids; /* ascending; none: all */
+    const float *output_counts, *bias_values;
+    uint64_t seed, position;
+    double top_p;         /* 1: off */
+    float repetition_penalty, presence_penalty, frequency_penalty;
+    float temperature;    /* 0: the largest */
+    float lowest_score;   /* min_p as a score, -infinity: off */
+    int32_t top_k;        /* 0: off */
+    int32_t num_repeated, num_output, num_bias, num_banned, num_allowed;
+    int32_t best_id;      /* of the largest logit, the lowest of equals */
+    int32_t token_id;     /* out: -1 where the largest changed logit is not finite */
+    int32_t reserved;
+} hw_row;
 
 typedef struct hw_context hw_context; /* threads and scratch memory */
 

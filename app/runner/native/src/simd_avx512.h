@@ -40,6 +40,9 @@ INLINE vf v_scale2(vf a, vf n) { return _mm512_scalef_ps(a, n); }
 /* Lanes whose index is below n. */
 INLINE vm v_first(int n) { return n >= VL ? 0xffff : n <= 0 ? 0 : (vm)((1u << n) - 1); }
 INLINE vm v_greater(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+INLINE vm v_at_least(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+/* A bit a lane, the first lane lowest. */
+INLINE unsigned v_bits(vm m) { return m; }
 INLINE vf v_select(vm m, vf yes, vf no) { return _mm512_mask_blend_ps(m, no, yes); }
 INLINE vi vi_set1(int a) { return _mm512_set1_epi32(a); }
 INLINE vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
@@ -57,6 +60,16 @@ INLINE float v_sum(vf a) {
     return half_sum(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
 }
 INLINE float v_largest(vf a) { return _mm512_reduce_max_ps(a); }
+
+/* Sums in double precision, two lanes of which share one of floats. */
+typedef struct { __m512d low, high; } vd;
+INLINE vd vd_zero(void) { return (vd){_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+INLINE vd vd_add(vd a, vf b) {
+    a.low = _mm512_add_pd(a.low, _mm512_cvtps_pd(_mm512_castps512_ps256(b)));
+    a.high = _mm512_add_pd(a.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(b, 1)));
+    return a;
+}
+INLINE double vd_sum(vd a) { return _mm512_reduce_add_pd(_mm512_add_pd(a.low, a.high)); }
 
 INLINE vf v_load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));

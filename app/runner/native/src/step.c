@@ -10,6 +10,7 @@
 #include "draw.h"
 #include "pool.h"
 #include "rows.h"
+#include "vmath.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #define GAP 256 /* no man's land behind each buffer, where ASan sees an overrun */
@@ -27,7 +28,8 @@
 struct hw_context {
     hw_pool *pool;
     char *memory;
-    size_t capacity;
+    char *draw_memory; /* [thread] */
+    size_t capacity, draw_capacity;
     /* carved out of memory for the running step */
     float *residual, *branch, *qkv, *scales; /* branch: what is normed before it joins the residual */
     uint16_t *x, *attended, *activated;
@@ -340,6 +342,7 @@ hw_context *hw_open(int32_t num_threads) {
 void hw_close(hw_context *c) {
     pool_close(c->pool);
     free(c->memory);
+    free(c->draw_memory);
     free(c);
 }
 
@@ -363,19 +366,42 @@ int32_t hw_score(hw_context *c, const hw_model *model, const hw_step *step) {
     return pool_run(c->pool, &(hw_region){HEAD_PHASES, score_count, score_run, &j});
 }
 
+typedef struct {
+    hw_context *ctx;
+    hw_row *const *rows;
+    int32_t vocab, num_rows;
+} draw_job;
+
 static int draw_count(const void *arg, int phase) {
     (void)phase;
-    return ((const hw_draws *)arg)->num_rows;
+    return ((const draw_job *)arg)->num_rows;
 }
 
 static void draw_run(const void *arg, int phase, int from, int to, int thread) {
-    (void)phase, (void)thread;
-    draw_rows(arg, from, to);
+    (void)phase;
+    const draw_job *j = arg;
+    char *memory = j->ctx->draw_memory + (size_t)thread * draw_scratch(j->vocab);
+    for (int r = from; r < to; r++) draw_row(j->rows[r], j->vocab, memory);
 }
 
-/* Draw for all rows; see draw.c for what -1 means. */
-void hw_draw(hw_context *c, const hw_draws *draws) {
-    pool_run(c->pool, &(hw_region){1, draw_count, draw_run, draws});
+/* Draw for all rows. Returns the number of threads that ran, or -1 where memory is short or the vocabulary is beyond
+ * DRAW_VOCAB. */
+int32_t hw_draw(hw_context *c, int32_t vocab, int32_t num_rows, hw_row *const *rows) {
+    const size_t bytes = (size_t)pool_threads(c->pool) * draw_scratch(vocab);
+    if (vocab > DRAW_VOCAB) return -1;
+    if (bytes > c->draw_capacity) { /* pages that no draw touches take no memory */
+        free(c->draw_memory);
+        c->draw_memory = aligned_alloc(ALIGN, bytes);
+        c->draw_capacity = c->draw_memory ? bytes : 0;
+        if (!c->draw_memory) return -1;
+    }
+    const draw_job j = {c, rows, vocab, num_rows};
+    return pool_run(c->pool, &(hw_region){1, draw_count, draw_run, &j});
+}
+
+/* What `count` scores weigh, for tests: a multiple of 16 of them. */
+void hw_weights(const float *scores, int64_t count, float *weights) {
+    for (int64_t i = 0; i < count; i += VL) v_store(weights + i, v_weight(v_load(scores + i)));
 }
 
 /* ---- single kernels, for loadtest/bench_kernels.py ---- */
@@ -440,5 +466,5 @@ void hw_sizes(int32_t *out) {
     out[1] = sizeof(hw_layer);
     out[2] = sizeof(hw_model);
     out[3] = sizeof(hw_step);
-    out[4] = sizeof(hw_draws);
+    out[4] = sizeof(hw_row);
 }

@@ -34,19 +34,20 @@ INLINE vf v_exp2_negative(vf x) {
 
 #define LOG2_E 1.44269504f
 
-/* e^x within 2e-7 of the result for x <= 0: the argument is reduced in two parts. */
-INLINE vf v_exp(vf x) {
-    x = v_max(v_set1(-87.0f), x);
-    vf n = v_round(v_mul(x, v_set1(LOG2_E)));
-    vf r = v_fma(n, v_set1(2.12194440e-4f), v_fma(n, v_set1(-0.693359375f), x));
-    vf p = v_set1(1.98412698e-4f);
-    p = v_fma(p, r, v_set1(1.38888889e-3f));
-    p = v_fma(p, r, v_set1(8.33333333e-3f));
-    p = v_fma(p, r, v_set1(4.16666667e-2f));
-    p = v_fma(p, r, v_set1(1.66666667e-1f));
-    p = v_fma(p, r, v_set1(5.0e-1f));
-    p = v_fma(p, r, v_set1(1.0f));
-    return v_scale2(v_fma(p, r, v_set1(1.0f)), n);
+/* What a token weighs in a draw, e^x for x <= 0: app.runner.sampling.weights bit for bit, nothing fused. Multiples
+ * of 2^-32, so that sums in double precision are exact in any order. */
+INLINE vf v_weight(vf x) {
+    vf power = v_max(v_set1(-40.0f), v_mul(x, v_set1(LOG2_E)));
+    vf n = v_round(power), r = v_sub(power, n);
+    vf p = v_set1(1.540353e-4f);
+    p = v_add(v_mul(p, r), v_set1(1.3333558e-3f));
+    p = v_add(v_mul(p, r), v_set1(9.618129e-3f));
+    p = v_add(v_mul(p, r), v_set1(5.5504109e-2f));
+    p = v_add(v_mul(p, r), v_set1(2.4022651e-1f));
+    p = v_add(v_mul(p, r), v_set1(6.9314718e-1f));
+    p = v_scale2(v_add(v_mul(p, r), v_set1(1.0f)), n);
+    vf grain = v_set1(0x1p-9f), rounded = v_sub(v_add(p, grain), grain);
+    return v_select(v_greater(grain, p), rounded, p);
 }
 
 /* x / (1 + e^-x) */

@@ -22,6 +22,7 @@ from app.runner.sampling.draw import is_greedy
 from app.runner.sampling.logprobs import LOWEST_LOGPROB
 from app.runner.sampling.philox import split
 from app.runner.torch.sampling.philox import gumbel_noise
+from app.runner.torch.sampling.weights import weights_of
 
 NUM_FIELDS = 9
 """Of a row: temperature, floor of min_p, top_p (bits of a float64), top_k, words of seed and position, is greedy."""
@@ -117,7 +118,7 @@ def _keep(scores: torch.Tensor, floor: torch.Tensor, top_k: torch.Tensor, top_p:
     ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
     places = torch.arange(scores.shape[1], device=scores.device)[None]
     beyond = (places >= top_k[:, None]) & (top_k > 0)[:, None]
-    weights = ordered.exp().masked_fill(beyond, 0.0).double()
+    weights = weights_of(ordered).masked_fill(beyond, 0.0).double()  # whose sums are exact
     running = weights.cumsum(-1)
     outside = running - weights >= (top_p * running[:, -1])[:, None]  # enough mass stands before it
     outside &= (places > 0) & (top_p < 1.0)[:, None]
