@@ -93,7 +93,8 @@ audit:
 	build/audit/bin/pip install --quiet pip-audit
 	build/audit/bin/pip-audit --disable-pip --require-hashes -r requirements/base.txt -r requirements/dev.txt
 
-# Needs an NVIDIA device, about 10 minutes and no network; writes docs/gpu/<card>.json.
+# Needs an NVIDIA device, about 10 minutes, 20 GB of disk and no network; writes docs/gpu/<card>.json.
+# ARGS=--dry-run walks through it on the CPU.
 gpu-report: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/gpu/report.py $(ARGS)
 

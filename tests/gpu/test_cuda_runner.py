@@ -15,11 +15,14 @@ from app.runner.sampling import RowSampler
 from app.runner.sampling.philox import gumbel_noise as numpy_noise
 from app.runner.sampling.philox import split
 from app.runner.torch.cuda_tier import load
+from app.runner.torch.loading import load_model
 from app.runner.torch.sampling.batch import DeviceSampler, DrawRequest
+from app.runner.torch.sampling.draw import DrawKind, draw, fields_of
 from app.runner.torch.sampling.philox import gumbel_noise
 from app.store import resolve
+from tests.numerics import test_torch_deterministic as deterministic
 from tests.numerics.driver import Driver, assert_same, greedy
-from tests.numerics.families import CONFIGS, NUM_TOKENS, make_reference
+from tests.numerics.families import CONFIGS, NUM_TOKENS, make_model, make_reference
 from tests.unit.sampling_cases import EOS, NUM_DRAWS, load_cases
 
 pytestmark = [
@@ -100,3 +103,29 @@ def test_masks_forbid_on_the_device() -> None:
     drawn = [one.token_id for one in DeviceSampler((3,), torch.device("cuda")).draw(logits.cuda(), requests)]
     expected = [row if a is None else np.where(a, row, -np.inf) for row, a in zip(logits.numpy(), allowed, strict=True)]
     assert drawn == [int(row.argmax()) for row in expected]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_have_the_same_bits_in_the_deterministic_mode(dtype: str, tmp_path: Path) -> None:
+    make_model("llama", tmp_path)
+    settings = deterministic.config(tmp_path, dtype=dtype)
+    executor = deterministic.executor_of(load_model(settings, torch.device("cuda")), settings)
+    deterministic.check_batches(executor)
+    deterministic.check_chunks(executor)
+
+
+def test_a_draw_is_captured_in_a_graph() -> None:
+    """Captured over rows of one content, replayed over another."""
+    kind = DrawKind(has_filters=True, has_noise=True, num_top=2)
+    params = [SamplingParams(seed=row, max_tokens=1, top_p=0.9, top_k=20) for row in range(8)]
+    logits = torch.randn((8, 1000), device="cuda")
+    fields = torch.from_numpy(fields_of(params, [1] * 8, 8)).cuda()
+    draw(logits, logits, fields, kind)  # whatever is set up at the first call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = draw(logits, logits, fields, kind)
+    for position in range(2, 6):
+        logits.copy_(torch.randn_like(logits))
+        fields.copy_(torch.from_numpy(fields_of(params, [position] * 8, 8)))
+        graph.replay()
+        assert torch.equal(drawn, draw(logits, logits, fields, kind))

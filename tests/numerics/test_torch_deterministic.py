@@ -88,7 +88,7 @@ def executor(request: pytest.FixtureRequest, folder: Path) -> Executor:
 
 def executor_of(loaded: LoadedModel, settings: EngineConfig) -> Executor:
     plan = KVPlan(num_blocks=64 * TABLE, block_size=BLOCK_SIZE, num_bytes=0, max_model_len=256)
-    return make_executor(settings, loaded, probe_model(loaded.model, CPU), plan)
+    return make_executor(settings, loaded, probe_model(loaded.model, loaded.device), plan)
 
 
 def texts() -> list[list[int]]:
@@ -110,6 +110,15 @@ def logits(executor: Executor, *entries: PlanEntry) -> list[torch.Tensor]:
 
 
 def test_a_decode_step_s_logits_have_the_same_bits_in_batches_of_1_7_32_and_64(executor: Executor) -> None:
+    check_batches(executor)
+
+
+def test_chunks_and_company_change_no_bit(executor: Executor) -> None:
+    check_chunks(executor)
+
+
+def check_batches(executor: Executor) -> None:
+    """On any device: a decode step alone and in company."""
     every = texts()
     for row, text in enumerate(every):
         logits(executor, entry(row, 0, text[:-1], LogitsNeed.NONE))
@@ -122,7 +131,8 @@ def test_a_decode_step_s_logits_have_the_same_bits_in_batches_of_1_7_32_and_64(e
     assert all(map(torch.equal, logits(executor, *reversed(steps)), reversed(whole)))
 
 
-def test_chunks_and_company_change_no_bit(executor: Executor) -> None:
+def check_chunks(executor: Executor) -> None:
+    """On any device: a prompt at once and in chunks."""
     text, *others = texts()
     (whole,) = logits(executor, entry(0, 0, text))
     crowd = [entry(row + 1, 0, other, LogitsNeed.LAST) for row, other in enumerate(others[:5])]

@@ -4,8 +4,8 @@ import torch
 
 from app.core.config import EngineConfig
 from app.core.memory import EngineMemory
-from app.runner.base import TierUnavailable
 from app.runner.torch.build import build_runner
+from app.runner.torch.card import find_card
 from app.runner.torch.runner import TorchRunner
 
 
@@ -14,7 +14,5 @@ def load(config: EngineConfig, _memory: EngineMemory | None = None) -> TorchRunn
 
     Raises TierUnavailable where this tier cannot serve it here, ConfigurationError where no tier can.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise TierUnavailable("no CUDA device answers", remedy="--device cpu")
-    device = torch.device("cuda" if config.device == "cuda" else "cpu")
+    device = find_card() if config.device == "cuda" else torch.device("cpu")
     return build_runner(config, tier="any", device=device, reason=f"a transformers decoder on {device.type}")

@@ -6,6 +6,7 @@ from app.core.config import EngineConfig
 from app.core.memory import EngineMemory
 from app.runner.base import TierUnavailable
 from app.runner.torch.build import build_runner
+from app.runner.torch.card import find_card
 from app.runner.torch.runner import TorchRunner
 
 
@@ -16,8 +17,5 @@ def load(config: EngineConfig, _memory: EngineMemory | None = None) -> TorchRunn
     """
     if config.device == "cpu":
         raise TierUnavailable("the device asked for is the CPU")
-    if not torch.cuda.is_available():
-        build = "this torch has no CUDA" if torch.version.cuda is None else "no CUDA device answers"
-        raise TierUnavailable(build, remedy="a CUDA build of torch and an NVIDIA driver")
-    device = torch.device("cuda", 0)
+    device = find_card()
     return build_runner(config, tier="cuda", device=device, reason=torch.cuda.get_device_name(device))

@@ -17,6 +17,7 @@ from app.core.errors import ConfigurationError
 from app.runner.base import TierUnavailable
 from app.runner.memory import num_cpus
 from app.runner.torch.attention.interface import PAGED, register
+from app.runner.torch.card import BFLOAT16_CAPABILITY, check_room
 from app.runner.torch.families import check_family
 from app.runner.torch.linear import pack_linears
 
@@ -50,11 +51,15 @@ def load_model(config: EngineConfig, device: torch.device, *, packs_linears: boo
         raise TierUnavailable("it does not read the blocks of a .gguf", remedy="name the .gguf without --quantization")
     model_config = read_config(folder)
     check_family(model_config)
-    dtype, reason = choose_dtype(config.dtype, model_config, device)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    dtype, reason = choose_dtype(config.dtype, model_config, device, capability=capability)
     set_threads(config, device)
     model = _read_weights(folder, model_config, dtype)
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     num_packed = pack_linears(model, dtype) if packs_linears and device.type == "cpu" else 0
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        check_room(weight_bytes, free=free, total=total, card=torch.cuda.get_device_name(device))
     placed: Any = model
     placed.to(device)
     return LoadedModel(model.eval(), model_config, device, dtype, reason, weight_bytes, num_packed)
@@ -69,17 +74,27 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise TierUnavailable(reason) from error
 
 
-def choose_dtype(asked: str, config: PreTrainedConfig, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of weights, activations and KV, and why."""
+def choose_dtype(
+    asked: str, config: PreTrainedConfig, device: torch.device, *, capability: tuple[int, int] | None = None
+) -> tuple[torch.dtype, str]:
+    """The dtype of weights, activations and KV, and why; `capability` is a card's compute capability."""
+    lacks_bfloat16 = capability is not None and capability < BFLOAT16_CAPABILITY
     if asked != "auto":
         if asked not in _DTYPES:
             raise ConfigurationError(f"unknown dtype {asked!r}: choose one of auto, {', '.join(_DTYPES)}")
         if asked == "float16" and device.type == "cpu":
             raise ConfigurationError("float16 is slow and overflows on a CPU: use --dtype bfloat16 or float32")
+        if asked == "bfloat16" and capability is not None and lacks_bfloat16:
+            raise ConfigurationError(
+                f"this card (compute capability {capability[0]}.{capability[1]}) has no bfloat16 arithmetic: "
+                "use --dtype float16 or float32"
+            )
         return _DTYPES[asked], "as asked"
     checkpoint = getattr(config.get_text_config(), "dtype", None) or torch.float32
     if checkpoint == torch.bfloat16 and device.type == "cpu" and not has_fast_bfloat16():
         return torch.float32, "this CPU has no bfloat16 arithmetic"
+    if checkpoint == torch.bfloat16 and lacks_bfloat16:
+        return torch.float32, "this card has no bfloat16 arithmetic"
     if checkpoint == torch.float16 and device.type == "cpu":
         return torch.float32, "the checkpoint's float16 is slow on a CPU"
     if checkpoint not in _DTYPES.values():
