@@ -48,6 +48,7 @@ def _chat(options: argparse.Namespace) -> int:
 
     from app.terminal.chat import Chat, Conversation, sink_of_terminal, terminal_lines
     from app.terminal.child import own_server
+    from app.terminal.show import drop_output
     from app.terminal.wire import Api, ApiError, Unreachable
 
     def connect(stack: ExitStack) -> tuple[Api, str | None]:
@@ -73,13 +74,17 @@ def _chat(options: argparse.Namespace) -> int:
             Chat(api, conversation, read_line=terminal_lines(sys.stdin), sink=sink_of_terminal()).run()
     except ApiError as error:
         return _failed(error)
+    except BrokenPipeError:
+        drop_output()  # whoever read has read enough
+        return EXIT_FAILED
     return EXIT_OK
 
 
 def _complete(options: argparse.Namespace) -> int:
     import sys
 
-    from app.terminal.complete import CompleteOptions, complete, drop_output, standard_output
+    from app.terminal.complete import CompleteOptions, complete, standard_output
+    from app.terminal.show import drop_output
     from app.terminal.wire import ApiError
 
     asked = CompleteOptions(

@@ -1,7 +1,6 @@
 """`headwater complete`: the prompt on standard input, its completion on standard output, as it comes."""
 
 import io
-import os
 import sys
 from collections.abc import Callable
 from typing import IO, NamedTuple
@@ -53,11 +52,6 @@ def standard_output() -> IO[str]:
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(encoding="utf-8", newline="")
     return stream
-
-
-def drop_output() -> None:
-    """Let what is still buffered go nowhere: the interpreter flushes at its end, and nobody reads."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _read_prompt(source: IO[bytes]) -> str:

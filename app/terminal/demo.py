@@ -50,10 +50,9 @@ class DemoResult(NamedTuple):
 def run_demo(options: DemoOptions, *, console: Console, progress: Console) -> DemoResult:
     """Run all rounds, print them to `console` as they end. Raises ApiError where there is no server to speak to."""
     with ExitStack() as stack:
-        status = stack.enter_context(
-            progress.status("starting `headwater serve` (the first time it fetches the model)")
-        )
         url = options.url
+        start = "starting `headwater serve` (the first time it fetches the model)" if url is None else f"asking {url}"
+        status = stack.enter_context(progress.status(start))
         if url is None:
             url = stack.enter_context(own_server(model=options.model, arguments=options.serve_arguments))
         with Api(url, key=options.key) as api:

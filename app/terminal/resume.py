@@ -68,7 +68,7 @@ class ResumingStream:
     ) -> None:
         """`hands_back`: ask for token ids and send them with the cursor, so that a server reads what was said, many
         tokens at once, instead of saying it again. `patience`: seconds without a new event until it gives up.
-        `on_cut` is told why it asks again.
+        `on_cut` is told why it asks again; each reason once until more of the answer has come.
         """
         if not urls:
             raise ValueError("there must be at least one server")
@@ -99,6 +99,7 @@ class ResumingStream:
     def _chunks(self) -> Iterator[dict[str, Any]]:
         wait = _FIRST_WAIT
         progress, since = 0, time.monotonic()
+        told: set[str] = set()
         while True:
             try:
                 yield from self._one_try(self._urls[0])
@@ -106,13 +107,15 @@ class ResumingStream:
             except _Cut as cut:
                 reason, asked = str(cut), cut.wait
             self.num_cuts += 1
-            if self._on_cut is not None:
-                self._on_cut(reason)
             if self.num_events > progress:
                 progress, since, wait = self.num_events, time.monotonic(), _FIRST_WAIT
                 pause = 0.0
+                told.clear()
             else:
                 pause, wait = max(asked, wait), min(2 * wait, _LONGEST_WAIT)
+            if self._on_cut is not None and reason not in told:
+                told.add(reason)
+                self._on_cut(reason)
             if time.monotonic() + pause - since > self._patience:
                 raise Lost(f"no server went on with the stream in {self._patience:g} s; the last: {reason}")
             self._urls.append(self._urls.pop(0))

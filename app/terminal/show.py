@@ -1,4 +1,10 @@
-"""What a terminal may be sent: text of a model or a server can hold control characters, and those can lie."""
+"""What a terminal may be sent: text of a model or a server can hold control characters, and those can lie.
+
+And where it goes once nobody reads any more.
+"""
+
+import os
+import sys
 
 
 def printable(text: str) -> str:
@@ -6,6 +12,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(_shown(character) for character in text)
+
+
+def drop_output() -> None:
+    """Let what is still buffered go nowhere: the interpreter flushes at its end, and nobody reads."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _shown(character: str) -> str:

@@ -4,6 +4,7 @@ Every failure is an `ApiError` whose message says what was asked of whom. Bodies
 lack what ours says of itself: those fields are None.
 """
 
+import json
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -144,6 +145,7 @@ class Api:
 
         Of a server of ours, once a model was chosen, the answer goes on where a connection breaks.
         """
+        _require_text(body)
         if self._can_resume:
             yield from self._resuming(path, body)
             return
@@ -221,6 +223,14 @@ def read_line(line: str) -> Delta | None:
     if event.error is not None:
         raise ApiError(f"the server ended the answer: {_error_message(event.error)}")
     return _delta_of(event)
+
+
+def _require_text(body: Mapping[str, Any]) -> None:
+    """Raise ApiError for what a terminal or a pipe gave that is no UTF-8: Python kept its bytes as half characters."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError("what was typed is not UTF-8, and was not sent") from None
 
 
 def _delta_of(event: _Event) -> Delta | None:

@@ -148,6 +148,32 @@ def test_chat_says_what_is_missing_and_goes_on() -> None:
     assert [message["content"] for message in server.bodies[-1]["messages"]] == ["four"]
 
 
+def test_chat_goes_on_after_what_is_no_text() -> None:
+    with other_server(say) as server:
+        done = run("chat", "--url", server.url, typed=b"a\xff\nb\n")
+    assert done.returncode == 0 and done.stdout.startswith(b"(what was typed is not UTF-8, and was not sent)\n")
+    assert [message["content"] for body in server.bodies for message in body["messages"]] == ["b"]
+
+
+def test_chat_ends_quietly_where_nobody_reads() -> None:
+    with (
+        other_server(say) as server,
+        subprocess.Popen(
+            command("chat", "--url", server.url),
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as program,
+    ):
+        assert program.stdin is not None and program.stdout is not None and program.stderr is not None
+        program.stdout.close()
+        program.stdin.write(b"go\n")
+        program.stdin.close()
+        assert b"Traceback" not in program.stderr.read()
+    assert program.returncode == 1
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_chat() -> None:
     def endless(path: str, body: dict[str, Any]) -> Iterable[str | dict[str, Any]]:
         if len(body["messages"]) > 1:

@@ -134,8 +134,11 @@ def test_a_server_of_another_model_is_passed_by(servers: tuple[FakeServer, FakeS
 
 def test_where_nobody_answers_it_gives_up_in_time() -> None:
     url = f"http://127.0.0.1:{free_port()}"
+    told: list[str] = []
+    stream = ResumingStream([url], PATH, BODY, patience=0.2, on_cut=told.append)
     with pytest.raises(Lost, match="no server went on"):
-        list(ResumingStream([url], PATH, BODY, patience=0.2))
+        list(stream)
+    assert stream.num_cuts > 1 == len(told)
 
 
 def test_the_commands_go_on_at_the_next_of_their_servers(servers: tuple[FakeServer, FakeServer]) -> None:
