@@ -138,9 +138,9 @@ class Chat:
                 self._write(("" if is_thinking else "(thinking) ") + printable(delta.reasoning))
                 is_thinking = True
             if delta.text:
+                into.append(delta.text)  # first: Ctrl-C may come while it is written, and what was seen is kept
                 self._write(("\n\n" if is_thinking else "") + printable(delta.text))
                 is_thinking = False
-                into.append(delta.text)
             finish_reason = delta.finish_reason or finish_reason
         if finish_reason == "length":
             return "(cut off: /set max_tokens N allows more)"
