@@ -248,6 +248,10 @@ def test_a_chat_goes_on(visit: Open) -> None:
     roles = [message["role"] for message in json.loads(sent.value.post_data or "")["messages"]]
     assert roles == ["system", "user", "assistant", "user"]
     assert page.locator("#turns .turn").count() == 4
+    page.click("#code")  # with nothing typed: the question that is shown
+    code = page.locator("#code-text").text_content() or ""
+    assert code.count('"role"') == 4 and '"Second question"' in code and '""' not in code
+    page.keyboard.press("Escape")
     page.locator(".tok").nth(1).click()
     page.locator("#popover .choice:enabled").first.click()
     finish(page)

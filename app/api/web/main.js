@@ -2,32 +2,21 @@
 
 import { abilities, ApiError, get, join, spell, stream, useKey } from "./api.js";
 import { Answer, drawScale, element } from "./answer.js";
+import { drawBranches } from "./branches.js";
+import { tokensOf } from "./chunks.js";
 import { curl, python } from "./code.js";
-import { FIELDS, Invalid, meaning, valueOf } from "./fields.js";
+import { Invalid } from "./fields.js";
 import { language, percent, seconds, setLanguage, t } from "./i18n.js";
 import { Live } from "./live.js";
+import { changed, drawFields, setFields, settings, showFields, translateFields } from "./settings.js";
+import { store } from "./store.js";
 import { Tree } from "./tree.js";
 
 const PAUSE_MS = 250; // a longer gap between chunks may be a hand-over: the engine is asked
 const byId = (id) => document.getElementById(id);
 const EXAMPLES = {
-  completion: { en: ["The capital of France is", "Once upon a time", "def fibonacci(n):"], zh: ["The capital of France is", "Once upon a time", "从前，"] },
+  completion: { en: ["Once upon a time", "def fibonacci(n):", "The capital of France is"], zh: ["Once upon a time", "从前，", "The capital of France is"] },
   chat: { en: ["Why is the sky blue?", "Write a haiku about rivers.", "Name three planets."], zh: ["Why is the sky blue?", "用中文介绍一下你自己。", "Name three planets."] },
-};
-
-const store = {
-  read(name) {
-    try {
-      return localStorage.getItem(`headwater-${name}`);
-    } catch {
-      return null;
-    }
-  },
-  write(name, value) {
-    try {
-      localStorage.setItem(`headwater-${name}`, value);
-    } catch { /* kept for this visit only */ }
-  },
 };
 
 const tree = new Tree();
@@ -41,21 +30,6 @@ let able = { completion: null, chat: null };
 
 // --- what is sent
 
-function settings(forMode) {
-  const body = {};
-  for (const field of FIELDS) {
-    const control = byId(`f-${field.name}`);
-    if (!control || control.closest(".field").hidden) continue;
-    const value = valueOf(field, control);
-    if (value !== undefined) body[field.name] = value;
-  }
-  if (forMode === "chat") {
-    delete body.echo;
-    if (body.logprobs !== undefined) [body.logprobs, body.top_logprobs] = [true, body.logprobs];
-  }
-  return body;
-}
-
 function draft() {
   const text = byId("prompt").value;
   if (mode === "completion") return { path: "v1/completions", body: { model, prompt: text, ...settings("completion"), stream: true } };
@@ -64,6 +38,7 @@ function draft() {
 
 function messages(text) {
   const next = { role: "user", content: text };
+  if (active?.mode === "chat" && !text) return tree.head(active).messages; // as code: the question that is shown
   if (active?.mode === "chat") return [...tree.head(active).messages, { role: "assistant", content: tree.text(active) }, next];
   const system = byId("system").value;
   return system ? [{ role: "system", content: system }, next] : [next];
@@ -164,7 +139,7 @@ function take(nodes, chunk, clocks) {
     const clock = clocks.get(node);
     const gap = now - clock.last;
     if (clock.first !== null && gap > PAUSE_MS) askWhy(node, node.tokens.length, gap / 1000);
-    if (clock.first === null && isShown(node)) byId("hint").textContent = t(tokens.some((token) => token.lp !== null) ? "hintTokens" : "hintPlain");
+    if (clock.first === null && isShown(node)) byId("hint").textContent = t(tokens.some((token) => token.lp !== null) ? hintOfTokens() : "hintPlain");
     clock.first ??= now;
     node.ttft ??= (now - clock.start) / 1000;
     clock.last = now;
@@ -178,23 +153,6 @@ function take(nodes, chunk, clocks) {
   }
   if (isShown(node)) answer.canFork = Boolean(tree.head(node).promptIds);
   if (isShown(node)) byId("facts").textContent = facts(node);
-}
-
-// Tokens of a chunk with their candidates; texts come from the chunk. Prompt tokens of an echo come first, marked.
-function tokensOf(choice) {
-  const ids = choice.token_ids ?? [];
-  const { logprobs } = choice;
-  const idOf = (name) => Number(/^token_id:(\d+)$/.exec(name)?.[1] ?? -1);
-  let entries = [];
-  if (logprobs?.content) {
-    entries = logprobs.content.map((one) => ({ id: idOf(one.token), lp: one.logprob, top: one.top_logprobs.map((other) => [idOf(other.token), other.logprob]) }));
-  } else if (logprobs?.tokens) {
-    entries = logprobs.tokens.map((name, place) => ({ id: idOf(name), lp: logprobs.token_logprobs[place], top: Object.entries(logprobs.top_logprobs[place] ?? {}).map(([other, lp]) => [idOf(other), lp]) }));
-  } else {
-    entries = ids.map((id) => ({ id, lp: null, top: [] }));
-  }
-  const numPrompt = Math.max(0, entries.length - (choice.token_ids ? ids.length : entries.length));
-  return entries.map((entry, place) => ({ ...entry, t: "", isPrompt: place < numPrompt }));
 }
 
 function append(node, tokens, text) {
@@ -315,10 +273,16 @@ function refresh({ keepTokens = false } = {}) {
   answer.canFork = Boolean(active && tree.head(active).promptIds);
   byId("facts").textContent = active ? facts(active) : "";
   const hasLogprobs = tokens.some((token) => token.lp !== null);
-  byId("hint").textContent = !active ? t("hintStart") : running && !tokens.length ? t("working") : t(hasLogprobs || !tokens.length ? "hintTokens" : "hintPlain");
+  byId("hint").textContent = !active ? t("hintStart") : running && !tokens.length ? t("working") : t(hasLogprobs || !tokens.length ? hintOfTokens() : "hintPlain");
   byId("copy-text").hidden = !tokens.length;
   byId("more").hidden = Boolean(running) || !tokens.length || !tree.head(active).promptIds || !["length", "stop-button", "error"].includes(active.finish);
-  drawTree();
+  drawBranches(tree, { active, isRunning: Boolean(running), visit, remove });
+}
+
+function remove(node) {
+  tree.remove(node);
+  if (active && !tree.nodes.has(active.id)) active = null;
+  refresh();
 }
 
 function showPrompt(node) {
@@ -339,6 +303,8 @@ function showPrompt(node) {
   }));
 }
 
+const hintOfTokens = () => (matchMedia("(pointer: coarse)").matches ? "hintTouch" : "hintTokens");
+
 const levelOf = (logprob) => [0.9, 0.6, 0.3, 0.1, 0.02].filter((bound) => Math.exp(logprob) < bound).length;
 
 function facts(node) {
@@ -350,54 +316,6 @@ function facts(node) {
   if (node.seed !== null) parts.push(t("seed", node.seed));
   if (node.finish === "stop-button") parts.push(t("stopped"));
   return parts.join(" · ");
-}
-
-function drawTree() {
-  const list = branchList(null);
-  byId("tree").replaceChildren(list ?? element("p", "empty", t("noBranches")));
-  byId("save").disabled = !tree.nodes.size || Boolean(running);
-  byId("branch-count").hidden = !tree.nodes.size;
-  byId("branch-count").textContent = tree.nodes.size;
-}
-
-function branchList(parent) {
-  const nodes = tree.children(parent);
-  if (!nodes.length) return null;
-  const list = element("ul");
-  if (!parent) nodes.reverse();
-  for (const node of nodes) {
-    const item = element("li");
-    const row = element("div", "branch");
-    const button = element("button", node === active ? "open" : "");
-    button.type = "button";
-    if (node === active) button.setAttribute("aria-current", "true");
-    const [lead, rest] = labelOf(node);
-    button.append(element("b", `kind-${node.kind}`, lead), element("span", "rest", rest));
-    button.append(element("small", "", t("nTokens", node.tokens.length) + (node.usage?.cached ? ` · ${t("cachedShort", node.usage.cached)}` : "")));
-    button.addEventListener("click", () => visit(node));
-    const remove = element("button", "remove", "×");
-    remove.type = "button";
-    remove.setAttribute("aria-label", t("remove"));
-    remove.disabled = Boolean(running);
-    remove.addEventListener("click", () => {
-      tree.remove(node);
-      if (active && !tree.nodes.has(active.id)) active = null;
-      refresh();
-    });
-    row.append(button, remove);
-    item.append(row);
-    const below = branchList(node);
-    if (below) item.append(below);
-    list.append(item);
-  }
-  return list;
-}
-
-function labelOf(node) {
-  const text = (from) => node.tokens.slice(from, from + 40).map((token) => token.t).join("").replace(/\s+/g, " ");
-  if (node.kind !== "fork") return [node.prompt.replace(/\s+/g, " ").slice(0, 80), text(0)];
-  const picked = node.tokens.filter((token) => token.picked);
-  return [picked.map((token) => token.t || token.s || "").join("").replace(/\s+/g, " ") || "…", text(picked.length)];
 }
 
 function visit(node) {
@@ -416,10 +334,7 @@ function setMode(name, { keep = false } = {}) {
     active = null;
     byId("prompt").value = EXAMPLES[mode][language()][0];
   }
-  for (const field of FIELDS) {
-    const control = byId(`f-${field.name}`);
-    if (control) control.closest(".field").hidden = !isTaken(field);
-  }
+  showFields(isTaken);
   translate();
 }
 
@@ -451,66 +366,6 @@ async function learn() {
     setMode(mode, { keep: true });
   } catch (error) {
     fail(error);
-  }
-}
-
-// --- settings
-
-function drawFields() {
-  for (const field of FIELDS) {
-    const box = element("div", `field ${field.kind}`);
-    const label = element("label");
-    const control = element(["lines", "json"].includes(field.kind) ? "textarea" : "input");
-    control.id = `f-${field.name}`;
-    label.htmlFor = control.id;
-    label.append(element("code", "", field.name), element("small"));
-    if (field.kind === "number") {
-      control.type = "number";
-      control.step = "any";
-      for (const name of ["min", "max"]) if (field[name] !== undefined) control[name] = field[name];
-    } else if (field.kind === "flag") {
-      control.type = "checkbox";
-    } else {
-      control.spellcheck = false;
-      if (control.rows) control.rows = 2;
-    }
-    box.append(label, control);
-    byId(field.first ? "fields" : "more-fields").append(box);
-    control.addEventListener("input", changed);
-  }
-  setFields(JSON.parse(store.read("settings") ?? "{}"));
-}
-
-function setFields(values) {
-  for (const field of FIELDS) {
-    const control = byId(`f-${field.name}`);
-    const value = values[field.name] ?? field.initial;
-    if (field.kind === "flag") control.checked = Boolean(value);
-    else control.value = value ?? "";
-  }
-  changed();
-}
-
-function changed() {
-  const values = {};
-  for (const field of FIELDS) {
-    const control = byId(`f-${field.name}`);
-    const value = field.kind === "flag" ? control.checked : control.value;
-    const initial = field.kind === "flag" ? Boolean(field.initial) : (field.initial ?? "");
-    if (value !== initial) values[field.name] = value;
-    control.setAttribute("aria-invalid", String(!isValid(field, control)));
-  }
-  store.write("settings", JSON.stringify(values));
-  const count = Object.keys(values).length;
-  byId("changed").textContent = count ? t("changed", count) : "";
-}
-
-function isValid(field, control) {
-  try {
-    valueOf(field, control);
-    return true;
-  } catch {
-    return false;
   }
 }
 
@@ -598,7 +453,7 @@ function translate() {
     byId(name).setAttribute("aria-label", t(name));
     byId(name).title = t(name);
   }
-  for (const field of FIELDS) byId(`f-${field.name}`).previousElementSibling.lastElementChild.textContent = meaning(field.name, language());
+  translateFields();
   drawScale();
   drawHelp();
   drawExamples();
