@@ -72,6 +72,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_settings(check)
     check.set_defaults(command=_check)
 
+    reload = commands.add_parser("reload", help="have a server that runs here read its model, keys and template again")
+    reload.add_argument("--pid", type=int, help="process of the server; default: the only one here")
+    reload.set_defaults(command=_reload)
+
     pull = commands.add_parser("pull", help="fetch a model into the cache")
     pull.add_argument("model", metavar="MODEL", help="catalogue name or hub repository")
     pull.set_defaults(command=_pull)
@@ -130,6 +134,16 @@ def _check(options: argparse.Namespace) -> int:
     from app.serve import check
 
     return check(_settings(options))
+
+
+def _reload(options: argparse.Namespace) -> int:
+    from app.control import ControlError, ask_reload
+
+    try:
+        return EXIT_OK if ask_reload(options.pid, report=answer) else EXIT_FAILED
+    except ControlError as error:
+        remark(f"headwater: {error}")
+        return EXIT_FAILED
 
 
 def _pull(options: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ its own engine. `headwater serve` (`app.serve`) starts the engine first and impo
 loads.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -64,10 +65,16 @@ def make_engine_client(
     launch: EngineLaunch,
     metrics: Metrics,
     first: EngineProcess | None = None,
+    generations: Iterator[int] | None = None,
 ) -> LocalEngineClient:
     """One local engine, supervised; `first` is one that has been spawned already."""
     return LocalEngineClient(
-        config, first=first, launch=launch, load_timeout=settings.load_timeout, on_step=metrics.observe_step
+        config,
+        first=first,
+        launch=launch,
+        load_timeout=settings.load_timeout,
+        on_step=metrics.observe_step,
+        generations=generations,
     )
 
 
@@ -80,34 +87,36 @@ def make_context(
     runs_engine: bool,
     tracer: RequestTracer | None = None,
     listens_on: str | None = None,
+    before: ServerContext | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> ServerContext:
-    """Everything that the routes read. `listens_on`: the address, None where another's server listens."""
+    """Everything that the routes read. `listens_on`: the address, None where another's server listens.
+
+    `before`, where a reload makes another one: what is in flight, kept or stored goes on under the new one.
+    `tokenizer`: the model's own, where it is loaded already.
+    Raises ConfigurationError.
+    """
     keys = make_keys(settings)
-    admission_limits = AdmissionLimits(
-        max_live_sequences=settings.max_live_sequences,
-        max_waiting_tokens=settings.max_waiting_tokens,
-        max_live_per_key=settings.max_live_per_key,
-    )
     unknown = None if settings.unknown_fields is None else UnknownFields(settings.unknown_fields)
     override = None if settings.chat_template is None else Path(settings.chat_template)
     chat_template = ChatTemplate.load(folder.path, override=override)
     return ServerContext(
         engine=engine,
-        tokenizer=Tokenizer.load(folder.path),
+        tokenizer=Tokenizer.load(folder.path) if tokenizer is None else tokenizer,
         chat_template=chat_template,
         reasoning=choose_reasoning(settings.reasoning_parser, chat_template),
         model_names=model_names(settings, folder),
         metrics=metrics,
-        admission=Admission(admission_limits, metrics=metrics),
+        admission=make_admission(settings, metrics) if before is None else before.admission,
         sampling_defaults=folder.generation_defaults if settings.generation_config == "model" else OpenAIDefaults(),
-        responses=ResponseStore(max_responses=settings.max_stored_responses),
+        responses=ResponseStore(max_responses=settings.max_stored_responses) if before is None else before.responses,
         limits=ApiLimits(
             max_body_size=settings.max_body_size,
             request_timeout=settings.request_timeout,
             queue_timeout=settings.queue_timeout,
             unknown_fields=unknown,
         ),
-        kept=KeptStreams(window=settings.resume_window),
+        kept=KeptStreams(window=settings.resume_window) if before is None else before.kept,
         version=__version__,
         keys=keys,
         metrics_keys=make_metrics_keys(settings),
@@ -120,6 +129,16 @@ def make_context(
         runs_engine=runs_engine,
         drain_timeout=settings.drain_timeout,
     )
+
+
+def make_admission(settings: Settings, metrics: Metrics) -> Admission:
+    """The counts of what is in flight, and their limits."""
+    limits = AdmissionLimits(
+        max_live_sequences=settings.max_live_sequences,
+        max_waiting_tokens=settings.max_waiting_tokens,
+        max_live_per_key=settings.max_live_per_key,
+    )
+    return Admission(limits, metrics=metrics)
 
 
 def choose_reasoning(parser: str, template: ChatTemplate | None) -> ReasoningForm | None:

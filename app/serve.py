@@ -4,7 +4,7 @@ The engine is started before FastAPI is imported, so that both load side by side
 converted first keeps nobody waiting: `/health` and `/ready` answer meanwhile. The first signal to end drains:
 `/ready` says so at once; after a SIGTERM requests are still served for `--drain-grace` seconds, in which load
 balancers look elsewhere; then new ones are refused with 503, live ones get `--drain-timeout` seconds, and
-everything ends. The second signal ends it at once. A SIGHUP, which comes when a terminal closes, is a SIGTERM here.
+everything ends. The second signal ends it at once. A SIGHUP reloads (`app.reload`).
 """
 
 import asyncio
@@ -12,12 +12,12 @@ import gc
 import ipaddress
 import logging
 import os
-import signal
 import socket
 import ssl
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,21 +26,22 @@ from app.access import make_keys, make_metrics_keys
 from app.banner import banner, describe_model, shown_in_shell, table
 from app.client.process import EngineLaunch, EngineProcess
 from app.console import answer, remark
-from app.core.config import EngineConfig
 from app.core.errors import ConfigurationError, EngineUnavailable
 from app.core.types import EngineLimits
 from app.observability.logging import configure_logging
 from app.observability.tracing import RequestTracer, make_tracer
 from app.settings import API_KEY_VARIABLE, Settings, split_address
+from app.signals import Signals, listen_for_signals
 from app.store import ModelFolder, Resolution
-from app.weights import find_model
+from app.weights import Model, find_model, read_model
 
 if TYPE_CHECKING:
     import uvicorn
 
     from app.api.connections import ConnectionRoom
-    from app.api.starting import StartingApp
+    from app.api.front import Front
     from app.client.local import LocalEngineClient
+    from app.reload import Reloader
 
 logger = logging.getLogger("headwater.serve")
 
@@ -84,17 +85,16 @@ def check(settings: Settings) -> int:
 class _Start(NamedTuple):
     """The first engine, loading, and what it was told."""
 
-    folder: ModelFolder
-    config: EngineConfig
+    model: Model
     launch: EngineLaunch
     engine: EngineProcess
 
 
 def _start_engine(settings: Settings, folder: ModelFolder) -> _Start:
     """Call it in the thread that lives longest: the engine ends with it."""
-    config = settings.to_engine_config(str(folder.path), folder.eos_token_ids)
+    model = read_model(settings, folder)
     launch = EngineLaunch(log_level=settings.log_level, log_format=settings.log_format)
-    return _Start(folder, config, launch, EngineProcess.spawn(1, config, launch=launch))
+    return _Start(model, launch, EngineProcess.spawn(1, model.config, launch=launch))
 
 
 def _listen(host: str, port: int, *, advice: str = "another --port or --host") -> socket.socket:
@@ -113,13 +113,14 @@ def _words(error: OSError) -> str:
 async def _check(settings: Settings, start: _Start) -> int:
     from app import main
 
-    metrics = main.make_metrics(settings, start.folder)
-    client = main.make_engine_client(settings, start.config, launch=start.launch, metrics=metrics, first=start.engine)
+    folder, config = start.model.folder, start.model.config
+    metrics = main.make_metrics(settings, folder)
+    client = main.make_engine_client(settings, config, launch=start.launch, metrics=metrics, first=start.engine)
     await client.start()
     try:
         # The model's template and whatever else `serve` would refuse.
-        main.make_context(settings, start.folder, metrics=metrics, engine=client, runs_engine=False)
-        answer(table(describe_model(start.folder, await client.wait_ready(settings.load_timeout))))
+        main.make_context(settings, folder, metrics=metrics, engine=client, runs_engine=False)
+        answer(table(describe_model(folder, await client.wait_ready(settings.load_timeout))))
     finally:
         await client.stop()
     return EXIT_OK
@@ -127,13 +128,14 @@ async def _check(settings: Settings, start: _Start) -> int:
 
 async def _serve(settings: Settings, listeners: list[socket.socket], search: Resolution, start: _Start | None) -> int:
     from app.api.connections import ConnectionRoom, raise_descriptor_limit
+    from app.api.front import Front
     from app.api.starting import StartingApp
 
     tracer = make_tracer(settings.otlp_traces_endpoint, version=__version__)
     room = ConnectionRoom(raise_descriptor_limit())
-    fronts = [StartingApp(lambda: search.detail, root_path=settings.root_path) for _ in listeners]
+    fronts = [Front(StartingApp(lambda: search.detail, root_path=settings.root_path)) for _ in listeners]
     servers = [_make_server(front, settings, room=room) for front in fronts]
-    with _signals() as signals:
+    with listen_for_signals() as signals:
         pairs = zip(servers, listeners, strict=True)
         serving = [asyncio.create_task(server.serve(sockets=[listener])) for server, listener in pairs]
         try:
@@ -152,7 +154,7 @@ async def _serve(settings: Settings, listeners: list[socket.socket], search: Res
                 await asyncio.to_thread(tracer.close)
 
 
-async def _found(search: Resolution, signals: "_Signals") -> ModelFolder | None:
+async def _found(search: Resolution, signals: Signals) -> ModelFolder | None:
     """The model's folder, or None where a signal came first. Raises what `resolve` raises."""
     finding = asyncio.wrap_future(search.folder)
     draining = asyncio.create_task(signals.drain.wait())
@@ -170,38 +172,31 @@ async def _run(
     start: _Start,
     listeners: list[socket.socket],
     *,
-    signals: "_Signals",
-    fronts: list["StartingApp"],
+    signals: Signals,
+    fronts: list["Front"],
     room: "ConnectionRoom",
     tracer: RequestTracer | None,
 ) -> int:
     """From the first engine's start to the exit code. Raises ConfigurationError."""
     from app import main
-    from app.api.app import create_app, create_metrics_app
+    from app.control import ControlSocket
+    from app.reload import Reloader
+    from app.serving import Ground, Serving
 
-    metrics = main.make_metrics(settings, start.folder)
-    client = main.make_engine_client(settings, start.config, launch=start.launch, metrics=metrics, first=start.engine)
+    folder = start.model.folder
+    metrics = main.make_metrics(settings, folder)
+    ground = Ground(settings, start.launch, listeners, metrics, tracer, count(1))
+    client = ground.make_client(start.model.config, first=start.engine)
+    reloader: Reloader | None = None
     try:
         await client.start()
         room.count_with(metrics)
-        context = await asyncio.to_thread(
-            main.make_context,
-            settings,
-            start.folder,
-            metrics=metrics,
-            engine=client,
-            runs_engine=False,
-            tracer=tracer,
-            listens_on=settings.host,
-        )
-        fronts[0].app = create_app(context, root_path=settings.root_path)
-        for front, listener in zip(fronts[1:], listeners[1:], strict=True):
-            hosts = main.allowed_hosts(listener.getsockname()[0], context.keys or context.metrics_keys)
-            front.app = create_metrics_app(context, allowed_hosts=hosts)
+        context = await asyncio.to_thread(ground.make_context, start.model, client)
+        reloader = Reloader(ground, fronts, Serving(start.model, client, context, ground.make_apps(context)))
 
         def describe(limits: EngineLimits) -> str:
             return banner(
-                start.folder,
+                folder,
                 limits,
                 urls=[
                     _url(listener, scheme="http" if settings.ssl_certfile is None else "https")
@@ -214,19 +209,24 @@ async def _run(
         gc.collect()
         gc.freeze()  # what is there by now stays: a full collection would look at all of it, and hold the loop up
         announcing = _announce(client, describe, timeout=settings.load_timeout)
-        if not await _live(client, announcing=announcing, drain=signals.drain):
-            logger.error("no engine can be kept alive: %s", client.status.detail)
+        control = ControlSocket(reloader.reload)
+        await control.open()
+        with signals.reloading(reloader.reload):
+            is_drained = await _live(reloader, announcing=announcing, drain=signals.drain)
+        control.close()
+        if not is_drained:
+            logger.error("no engine can be kept alive: %s", reloader.serving.client.status.detail)
             return EXIT_ENGINE_FAILED
-        await _drain(client, settings, signals)
+        await _drain(reloader, settings, signals)
         return EXIT_OK
     finally:
-        await client.stop()
+        await (client if reloader is None else reloader).stop()
 
 
-async def _live(client: "LocalEngineClient", *, announcing: Awaitable[None], drain: asyncio.Event) -> bool:
+async def _live(reloader: "Reloader", *, announcing: Awaitable[None], drain: asyncio.Event) -> bool:
     """Until a signal asks to drain (True), or no engine can be kept alive (False). Raises ConfigurationError."""
     draining = asyncio.create_task(drain.wait())
-    failing = asyncio.create_task(client.wait_failed())
+    failing = asyncio.create_task(reloader.wait_failed())
     announcement = asyncio.ensure_future(announcing)
     waiting: set[asyncio.Future[Any]] = {draining, failing, announcement}
     try:
@@ -248,21 +248,21 @@ async def _announce(client: "LocalEngineClient", describe: Callable[[EngineLimit
         remark(describe(await client.wait_ready(timeout)))
 
 
-async def _drain(client: "LocalEngineClient", settings: Settings, signals: "_Signals") -> None:
+async def _drain(reloader: "Reloader", settings: Settings, signals: Signals) -> None:
     grace = _grace(settings) if signals.is_terminated else 0.0
-    client.leave()
+    await reloader.leave()
     facts = "not ready any more: new requests for %.0f s, live ones for %.0f s more; a second signal ends them"
     logger.info(facts, grace, settings.drain_timeout)
-    draining = asyncio.create_task(_let_finish(client, grace=grace, timeout=settings.drain_timeout))
+    draining = asyncio.create_task(_let_finish(reloader, grace=grace, timeout=settings.drain_timeout))
     ending = asyncio.create_task(signals.end.wait())
     await asyncio.wait({draining, ending}, return_when=asyncio.FIRST_COMPLETED)
     for task in (draining, ending):
         task.cancel()
 
 
-async def _let_finish(client: "LocalEngineClient", *, grace: float, timeout: float) -> None:
+async def _let_finish(reloader: "Reloader", *, grace: float, timeout: float) -> None:
     await asyncio.sleep(grace)
-    await client.drain(timeout)
+    await reloader.drain(timeout)
 
 
 def _key_to_paste(settings: Settings) -> str | None:
@@ -321,7 +321,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _make_server(app: "StartingApp", settings: Settings, *, room: "ConnectionRoom") -> "uvicorn.Server":
+def _make_server(app: "Front", settings: Settings, *, room: "ConnectionRoom") -> "uvicorn.Server":
     import uvicorn
 
     from app.api.protocol import BoundedHttpProtocol
@@ -352,42 +352,6 @@ def _make_server(app: "StartingApp", settings: Settings, *, room: "ConnectionRoo
         timeout_graceful_shutdown=CLOSE_SECONDS,
     )
     return Server(config)
-
-
-class _Signals:
-    """SIGTERM, SIGHUP and SIGINT, as they came."""
-
-    def __init__(self) -> None:
-        self.drain = asyncio.Event()
-        """Set by the first one."""
-        self.end = asyncio.Event()
-        """Set by the second one."""
-        self.is_terminated = False
-        """The first one was no SIGINT: a machine's wish, not a person's at the keyboard."""
-
-    def note(self, number: int) -> None:
-        """One came."""
-        if self.drain.is_set():
-            self.end.set()
-        else:
-            self.is_terminated = number != signal.SIGINT
-            self.drain.set()
-
-
-@contextmanager
-def _signals() -> Iterator[_Signals]:
-    loop = asyncio.get_running_loop()
-    signals = _Signals()
-    # Who starts a server with nohup wants it to outlive the terminal.
-    hang_up = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
-    numbers = (signal.SIGTERM, signal.SIGINT, *hang_up)
-    for number in numbers:
-        loop.add_signal_handler(number, signals.note, number)
-    try:
-        yield signals
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
 
 
 def _url(listener: socket.socket, *, scheme: str) -> str:

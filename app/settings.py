@@ -153,6 +153,11 @@ class Settings(BaseSettings):
         description="seconds after SIGTERM in which new requests are still served while /ready says draining; "
         "default 5, on loopback 0",
     )
+    reload_overlap: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="whether a reload to another model runs two engines at once, so that no request waits; auto does "
+        "where memory holds both",
+    )
     load_timeout: float = Field(600.0, gt=0, description="seconds an engine may take to load before it is replaced")
     otlp_traces_endpoint: str | None = Field(
         None,

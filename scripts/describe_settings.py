@@ -46,9 +46,9 @@ This page is generated from `app/cli.py` (`python scripts/describe_settings.py e
 {rows}
 
 A service manager may restart on {failed} and should not on {configuration}: see the unit in
-[Deploy](../how-to/deploy.md). The first SIGTERM, SIGINT or SIGHUP drains `headwater serve`, which then ends
-with {ok}. What ends an engine is no exit code of the server: another engine is started, and the log says how
-the old one ended.
+[Deploy](../how-to/deploy.md). The first SIGTERM or SIGINT drains `headwater serve`, which then ends with {ok}; so does
+the SIGHUP of a terminal that closes, while any other reloads. What ends an engine is no exit code of the server:
+another engine is started, and the log says how the old one ended.
 """
 
 VARIABLE_MEANINGS: Mapping[str, str] = {
@@ -60,7 +60,7 @@ VARIABLE_MEANINGS: Mapping[str, str] = {
 EXIT_CODE_MEANINGS: Mapping[int, str] = {
     EXIT_OK: "Done; of `serve`: drained after a signal. Of `demo`: all answers were equal.",
     EXIT_FAILED: "It was tried and failed: no engine can be kept alive, a server did not answer or said an error, "
-    "answers of `demo` differ, a training run stopped.",
+    "a reload changed nothing, answers of `demo` differ, a training run stopped.",
     EXIT_CONFIGURATION: "Flags, variables, the model or the machine do not fit: a restart would fail the same way.",
     EXIT_INTERRUPTED: "Interrupted from the keyboard, where nothing was to be drained.",
 }

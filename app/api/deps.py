@@ -13,7 +13,8 @@ from app.client.engine_client import EngineClient
 from app.core.errors import EngineUnavailable, NotFound
 from app.core.types import EngineLimits
 from app.grammar.check import GrammarChecker
-from app.observability.metrics import EngineSnapshot, Metrics
+from app.observability.engine_gauges import EngineSnapshot
+from app.observability.metrics import Metrics
 from app.observability.tracing import RequestTracer
 from app.text.chat_template import ChatTemplate
 from app.text.reasoning import ReasoningForm

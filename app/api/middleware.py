@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import HeadTooLarge
+from app.api.front import ARRIVED
 from app.api.record import RequestRecord
 from app.api.respond import ErrorResponse, is_messages_path
 from app.api.tracing import traced
@@ -47,7 +48,7 @@ class RequestLayer:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = RequestRecord(_request_id(scope))
+        record = RequestRecord(_request_id(scope), arrived=scope.get(ARRIVED))
         record.attach(scope)
         id_headers = [(b"x-request-id", record.request_id.encode())]
         if is_messages_path(scope):

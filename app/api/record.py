@@ -18,9 +18,10 @@ _SCOPE_KEY = "headwater.record"
 class RequestRecord:
     """Facts of one HTTP request; the middleware makes it, the route fills it, the middleware logs it."""
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, *, arrived: float | None = None) -> None:
+        """`arrived`: of the monotonic clock; None is now."""
         self.request_id = request_id
-        self.arrived = time.monotonic()
+        self.arrived = time.monotonic() if arrived is None else arrived
         self.status: int | None = None
         self.error_code: str | None = None
         self.key_id: str | None = None

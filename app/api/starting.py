@@ -1,4 +1,4 @@
-"""What answers before there is a model to serve, and hands over to the application when there is.
+"""What answers before there is a model to serve.
 
 `/health` says that the process lives, `/ready` what it is at; everything else is a 503 with Retry-After. No key is
 asked for: nothing is told that `/ready` does not tell.
@@ -6,7 +6,7 @@ asked for: nothing is told that `/ready` does not tell.
 
 from collections.abc import Callable
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from app.api.errors import error_headers, kind_of
 from app.api.record import RequestRecord
@@ -19,19 +19,16 @@ RETRY_AFTER = 5
 
 
 class StartingApp:
-    """An ASGI application that is another one from the moment that `app` is set."""
+    """An ASGI application that says what the start is at."""
 
     def __init__(self, detail: Callable[[], str], *, root_path: str = "") -> None:
         """`detail`: what the start is at."""
         self._detail = detail
         self._root_path = root_path
-        self.app: ASGIApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if self.app is not None:
-            await self.app(scope, receive, send)
-        elif scope["type"] == "http":
+        if scope["type"] == "http":
             await self._answer(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,9 +9,10 @@ were admitted before do. Only where engines die one after another, with no token
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 
 import msgspec
 
@@ -65,8 +66,10 @@ class LocalEngineClient:
         load_timeout: float | None = None,
         supervision: Supervision | None = None,
         on_step: StepObserver | None = None,
+        generations: Iterator[int] | None = None,
     ) -> None:
-        """`first` is an engine of generation 1 that was spawned already, with the same config.
+        """`first` is an engine that was spawned already, with the same config and the first of `generations`, the
+        numbers that engines get (1, 2, ...; clients of one server share them).
 
         `load_timeout` is `Supervision.load_seconds`, the one of these limits that operators set.
         """
@@ -85,6 +88,7 @@ class LocalEngineClient:
         self._budget = RestartBudget(supervision)
         self._state = EngineState.STARTING
         self._detail = "the first engine is loading"
+        self._generations = itertools.count(1) if generations is None else generations
         self._generation = 0
         self._life: EngineLife | None = None
         """The engine that takes messages; None while there is none."""
@@ -96,6 +100,8 @@ class LocalEngineClient:
         """An engine serves, or is replaced at once: new sequences may count on it."""
         self._mistake: ConfigurationError | None = None
         self._settled = asyncio.Event()
+        self._renewed = asyncio.Event()
+        """An engine has become ready since this was cleared, or none will."""
         self._failed = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -169,9 +175,23 @@ class LocalEngineClient:
         """Wait until no engine will be started any more (state FAILED); `status.detail` says why."""
         await self._failed.wait()
 
+    async def renew(self) -> bool:
+        """Replace the engine by another one of the same model, to which live sequences are handed over; whether one
+        is ready then. Where an engine is being replaced anyhow, that one is waited for.
+        """
+        self._renewed.clear()
+        if self._life is not None and self._state is EngineState.READY:
+            self._life.retire("it was renewed")
+        await self._renewed.wait()
+        return self._state is EngineState.READY
+
     def leave(self) -> None:
         """Say `draining` from now on, and take new sequences all the same until `drain`."""
         self._is_leaving = True
+
+    def stay(self) -> None:
+        """Take `leave` back."""
+        self._is_leaving = False
 
     async def drain(self, timeout: float) -> None:
         """Refuse new sequences and wait until the live ones have finished or `timeout` seconds passed."""
@@ -195,6 +215,7 @@ class LocalEngineClient:
         self._empty.set()
         self._detail = "stopped"
         self._settled.set()
+        self._renewed.set()
 
     # Sequences
 
@@ -278,7 +299,7 @@ class LocalEngineClient:
 
     async def _run_engine(self) -> float | None:
         """From start to death; returns the seconds to wait before the next one, None for no next one."""
-        self._generation += 1
+        self._generation = next(self._generations)
         self._reserve.release()
         try:
             process = self._first or EngineProcess.spawn(
@@ -358,6 +379,7 @@ class LocalEngineClient:
             },
         )
         self._settled.set()
+        self._renewed.set()
 
     def _pin(self, limits: EngineLimits) -> None:
         """Later engines get what the first one resolved: requests were checked by its context, whatever memory is free
@@ -385,8 +407,9 @@ class LocalEngineClient:
         self._state = EngineState.STARTING if self._limits is None else EngineState.RESTARTING
         self._detail = death.reason
         self._last_step = None
-        logger.error(
-            "engine died",
+        logger.log(
+            logging.INFO if death.is_planned else logging.ERROR,
+            "engine retired" if death.is_planned else "engine died",
             extra={
                 "facts": {"generation": self._generation, "reason": death.reason, "live": len(self._journal)},
             },
@@ -411,6 +434,8 @@ class LocalEngineClient:
             self._mistake = ConfigurationError(death.reason)
             self._give_up(death.reason)
             return None
+        if death.is_planned:
+            return 0.0
         delay = self._budget.next_delay(
             ready_seconds=ready_seconds, counts=counts, is_self_inflicted=death.is_self_inflicted
         )
@@ -434,6 +459,7 @@ class LocalEngineClient:
         self._fail_all(f"the engine failed and cannot be replaced: {reason}")
         logger.error("no engine will be started any more", extra={"facts": {"reason": reason}})
         self._settled.set()
+        self._renewed.set()
         self._failed.set()
 
     def _fail_all(self, message: str) -> None:

@@ -36,6 +36,7 @@ class EngineDeath(Exception):
         is_configuration: bool = False,
         is_self_inflicted: bool = True,
         leaves_memory_true: bool = False,
+        is_planned: bool = False,
     ) -> None:
         super().__init__(reason)
         self.reason = reason
@@ -43,6 +44,8 @@ class EngineDeath(Exception):
         """What it computed may have ended it; False where somebody outside did."""
         self.leaves_memory_true = leaves_memory_true
         """The next engine may believe what this one had sealed in the KV pool."""
+        self.is_planned = is_planned
+        """Its client ended it, to start another one."""
         self.is_configuration = is_configuration
         """The engine says that a restart would fail the same way."""
 
@@ -79,6 +82,12 @@ class EngineLife:
     def ready_seconds(self) -> float:
         """How long it has been ready."""
         return 0.0 if self._ready_at is None else time.monotonic() - self._ready_at
+
+    def retire(self, reason: str) -> None:
+        """Kill the engine where it stands; `receive` raises a planned EngineDeath with this reason."""
+        if self._accusation is None:
+            self._accusation = EngineDeath(reason, is_self_inflicted=False, leaves_memory_true=True, is_planned=True)
+        self._process.kill()
 
     async def begin(self) -> None:
         """Take over the socket and start to watch."""

@@ -8,17 +8,13 @@ sequences that were admitted and have ended.
 """
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
-from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import CounterMetricFamily
-from prometheus_client.registry import Collector
 
-from app.core.types import EngineLimits, FinishReason, StepStats
+from app.core.types import FinishReason, StepStats
 from app.observability.activity import Activity
+from app.observability.engine_gauges import EngineGauges, EngineReader
 from app.observability.histogram import Histogram
 
 TTFT_BOUNDS = (
@@ -36,20 +32,9 @@ LATENCY_BOUNDS = (
     *(40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
 TOKEN_BOUNDS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
+_NUM_GENERATIONS = 8
 STEP_TOKEN_BOUNDS = (1.0, *(float(8 * 2**power) for power in range(12)))
 SAMPLE_BOUNDS = (1.0, 2.0, 5.0, 10.0, 20.0)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSnapshot:
-    """What the gauges read of an engine at a scrape."""
-
-    state: str
-    generation: int
-    """0 before the first engine was started."""
-    num_live_sequences: int
-    last_step: StepStats | None
-    limits: EngineLimits | None
 
 
 class Metrics:
@@ -59,9 +44,9 @@ class Metrics:
         self.registry = CollectorRegistry(auto_describe=False)
         self._prefix = prefix
         self._labels = {"model_name": model_name, "engine": engine}
-        self._read_engine: Callable[[], EngineSnapshot] | None = None
-        self._last_step = (0, -1)
-        self._last_totals = (0, 0, 0)
+        self._engines = EngineGauges(name=self.name, labels=self._labels)
+        self._last_steps: dict[int, tuple[int, tuple[int, ...]]] = {}
+        """Of each generation that may still step: the number of its last step, and its totals then."""
         self._make_request_metrics()
         self.activity = Activity(ttft=self.time_to_first_token, itl=self.inter_token_latency)
         """The last minute, for the live view."""
@@ -78,22 +63,27 @@ class Metrics:
         self.step_seconds = self._histogram("step_duration_seconds", "One engine step.", ITL_BOUNDS)
         self.iteration_tokens = self._histogram("iteration_tokens_total", "Tokens per engine step.", STEP_TOKEN_BOUNDS)
 
-    def watch_engine(self, read: Callable[[], EngineSnapshot]) -> None:
-        """Read gauges from `read` at every scrape. Once for a server."""
-        self._read_engine = read
-        self.registry.register(_EngineCollector(self, read))
+    def watch_engine(self, read: EngineReader) -> None:
+        """Read gauges from `read` at every scrape, from now on."""
+        if self._engines.read_serving is None:
+            self.registry.register(self._engines)
+        self._engines.read_serving = read
+
+    def watch_leaving(self, read: EngineReader | None) -> None:
+        """Another engine serves, and this one finishes what it has: its gauges have LEAVING as their engine."""
+        self._engines.read_leaving = read
 
     def observe_step(self, generation: int, stats: StepStats) -> None:
         """Count one engine step; the same step a second time changes nothing."""
-        if (generation, stats.step_id) == self._last_step:
-            return
-        if generation != self._last_step[0]:
-            self._last_totals = (0, 0, 0)
-        self._last_step = (generation, stats.step_id)
+        last_step, before = self._last_steps.pop(generation, (-1, (0, 0, 0)))
         totals = (stats.total_preemptions, stats.total_prefix_query_tokens, stats.total_prefix_hit_tokens)
-        for counter, now, before in zip(self._step_totals, totals, self._last_totals, strict=True):
-            counter.inc(max(0, now - before))
-        self._last_totals = totals
+        self._last_steps[generation] = (stats.step_id, totals)
+        if len(self._last_steps) > _NUM_GENERATIONS:
+            del self._last_steps[next(iter(self._last_steps))]
+        if stats.step_id == last_step:
+            return
+        for counter, now, then in zip(self._step_totals, totals, before, strict=True):
+            counter.inc(max(0, now - then))
         self.step_seconds.observe(stats.step_seconds)
         self.iteration_tokens.observe(stats.num_prefill_tokens + stats.num_decode_tokens)
         self.activity.observe_step(generation, stats, now=time.monotonic())
@@ -143,8 +133,7 @@ class Metrics:
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The exposition and its content type, in the form that the Accept header asks for."""
-        if self._read_engine is not None:
-            snapshot = self._read_engine()
+        for _, snapshot in self._engines.snapshots():
             if snapshot.last_step is not None:
                 self.observe_step(snapshot.generation, snapshot.last_step)
         encode, content_type = choose_encoder(accept)
@@ -252,46 +241,3 @@ class Metrics:
         histogram = Histogram(self.name(stem), description, bounds=bounds, labels=self._labels)
         self.registry.register(histogram)
         return histogram
-
-    def engine_families(self, snapshot: EngineSnapshot) -> Iterable[Metric]:
-        """Gauges of one engine, as of now."""
-        step = snapshot.last_step if snapshot.num_live_sequences else None
-        running = 0 if step is None else min(step.num_running, snapshot.num_live_sequences)
-        usage = 0.0 if step is None or not step.num_kv_blocks else step.num_kv_blocks_used / step.num_kv_blocks
-        yield self._gauge("num_requests_running", "Sequences that share the engine's steps.", running)
-        yield self._gauge("num_requests_waiting", "Sequences in the queue.", snapshot.num_live_sequences - running)
-        yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", usage)
-        yield self._gauge("engine_generation", "1 for the first engine, one more with each.", snapshot.generation)
-        yield self._gauge("engine_ready", "1 while the engine takes requests.", float(snapshot.state == "ready"))
-        restarts = CounterMetricFamily(self.name("engine_restarts"), "Engines replaced.", labels=list(self._labels))
-        restarts.add_metric(list(self._labels.values()), max(0, snapshot.generation - 1))
-        yield restarts
-        if snapshot.limits is not None:
-            yield self._cache_config(snapshot.limits)
-
-    def _gauge(self, stem: str, description: str, value: float) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(self.name(stem), description, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
-        return family
-
-    def _cache_config(self, limits: EngineLimits) -> GaugeMetricFamily:
-        facts = {
-            "block_size": limits.block_size,
-            "num_gpu_blocks": limits.num_kv_blocks,
-            "kv_cache_size_tokens": limits.num_kv_blocks * limits.block_size,
-            "cache_dtype": limits.dtype,
-        }
-        family = GaugeMetricFamily(self.name("cache_config_info"), "KV cache.", labels=[*self._labels, *facts])
-        family.add_metric([*self._labels.values(), *map(str, facts.values())], 1)
-        return family
-
-
-class _EngineCollector(Collector):
-    """Turns the engine's state into gauges when Prometheus asks, not before."""
-
-    def __init__(self, metrics: Metrics, read: Callable[[], EngineSnapshot]) -> None:
-        self._metrics = metrics
-        self._read = read
-
-    def collect(self) -> Iterable[Metric]:
-        return self._metrics.engine_families(self._read())

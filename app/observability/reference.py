@@ -6,7 +6,8 @@
 import sys
 
 from app.core.types import EngineLimits
-from app.observability.metrics import EngineSnapshot, Metrics
+from app.observability.engine_gauges import EngineSnapshot
+from app.observability.metrics import Metrics
 
 _LIMITS = EngineLimits(
     max_model_len=1,
@@ -40,7 +41,8 @@ A *request* in a metric's name is one sequence: `n` samples of a prompt are n of
 sequence is counted once in `request_success_total`, with the reason of its end: `stop`, `length`, `abort`
 (the client left, or the server stopped) or `error`. Requests refused before that are in
 `admission_rejections_total` (a limit was reached) and in `http_responses_total` by status. Counters go on
-when an engine is replaced. The gauges of requests and of the KV cache are 0 while nothing is in flight.
+when an engine is replaced. The gauges of requests and of the KV cache are 0 while nothing is in flight. After a
+reload to another model the gauges of an engine that finishes what it has are told with `engine="leaving"`.
 
 | name | type | labels | meaning |
 | --- | --- | --- | --- |

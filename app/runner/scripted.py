@@ -7,6 +7,7 @@ whoever gets the context wrong gets other tokens. It can also be told to be slow
 Invariant: rows share nothing. Imports neither numpy nor torch.
 """
 
+import hashlib
 import os
 import signal
 import time
@@ -226,8 +227,14 @@ def _info(config: EngineConfig, settings: ScriptedSettings) -> RunnerInfo:
         weight_bytes=0,
         max_num_batched_tokens=first(config.max_num_batched_tokens, settings.max_num_batched_tokens),
         row_independent=True,
-        fingerprint="scripted-1",
+        fingerprint=_fingerprint(Path(config.model_dir) / "config.json"),
     )
+
+
+def _fingerprint(config_file: Path) -> str:
+    """Of the model that is not read, so far as there is one: another folder is another model here too."""
+    digest = hashlib.sha256(config_file.read_bytes()).hexdigest()[:8] if config_file.is_file() else ""
+    return f"scripted-1-{digest}" if digest else "scripted-1"
 
 
 def _allows(mask: "Bitmask | None", token_id: int) -> bool:

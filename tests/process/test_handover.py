@@ -162,6 +162,28 @@ async def _poison_among(num_others: int, config: EngineConfig, supervision: Supe
     assert [a.token_ids for a in answers] == expected
 
 
+async def test_renewed_engines_change_no_token_and_count_as_no_deaths() -> None:
+    asked = mixed_requests(max_tokens=100)
+    async with running(scripted()) as client:
+        expected = [one.token_ids for one in await asyncio.gather(*(complete(client, each) for each in asked))]
+    supervision = msgspec.structs.replace(IMPATIENT, max_deaths=2, backoff_seconds=60.0)
+    async with running(scripted(step_seconds=0.002), supervision=supervision) as client:
+        for generation in (2, 3):  # nothing runs between them that would show that engines work
+            assert await client.renew()
+            assert client.status.generation == generation and client.status.takes_requests
+        answers = [Answer() for _ in asked]
+        tasks = [asyncio.create_task(a.fill(client, each)) for a, each in zip(answers, asked, strict=True)]
+        await until(lambda: min(len(a.token_ids) for a in answers) >= 20)
+        renewing = asyncio.create_task(client.renew())
+        await until(lambda: client.status.state is EngineState.RESTARTING)
+        late = asyncio.create_task(complete(client, msgspec.structs.replace(asked[0], request_id="late")))
+        assert await renewing
+        await asyncio.gather(*tasks)
+        assert (await late).token_ids == expected[0]
+        assert client.status.generation == 4
+    assert [a.token_ids for a in answers] == expected
+
+
 async def test_kills_from_outside_in_lone_steps_blame_nobody() -> None:
     """Everybody is on probation after the SIGSEGV; whoever is tried when SIGKILL and SIGSTOP come is innocent."""
     asked = [request(f"r{index}", prompt=(index, 5), max_tokens=60) for index in range(8)]

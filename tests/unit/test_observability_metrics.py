@@ -6,8 +6,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.core.types import FinishReason
+from app.observability.engine_gauges import EngineSnapshot
 from app.observability.histogram import Histogram
-from app.observability.metrics import EngineSnapshot, Metrics
+from app.observability.metrics import Metrics
 from app.observability.sequence_meter import SequenceMeter
 from tests.engine_facts import LIMITS, STEP
 
@@ -57,6 +58,33 @@ def test_gauges_follow_the_journal() -> None:
     snapshot[0] = EngineSnapshot("restarting", 3, 0, STEP, None)
     for stem in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "engine_ready"):
         assert value(metrics, stem) == 0
+
+
+def test_two_engines_that_take_turns_are_counted_apart() -> None:
+    metrics = Metrics(model_name="m")
+    for step_id in (1, 2, 3):
+        for generation in (1, 2):
+            metrics.observe_step(generation, msgspec.structs.replace(STEP, step_id=step_id))
+    assert value(metrics, "num_preemptions_total") == 4
+    for generation in range(3, 20):
+        metrics.observe_step(generation, STEP)
+    assert len(metrics._last_steps) < 10
+
+
+def test_an_engine_that_leaves_has_gauges_of_its_own() -> None:
+    metrics = Metrics(model_name="m")
+    metrics.watch_engine(lambda: EngineSnapshot("ready", 2, 0, None, LIMITS))
+    metrics.watch_leaving(lambda: EngineSnapshot("draining", 1, 5, STEP, LIMITS))
+    assert value(metrics, "num_requests_running") == 0 and value(metrics, "engine_generation") == 2
+    assert value(metrics, "num_requests_running", engine="leaving") == 3
+    assert value(metrics, "engine_ready", engine="leaving") == 0 and value(metrics, "engine_restarts_total") == 1
+    metrics.watch_leaving(None)
+    assert (
+        metrics.registry.get_sample_value("headwater_num_requests_running", {"model_name": "m", "engine": "leaving"})
+        is None
+    )
+    metrics.watch_engine(lambda: EngineSnapshot("ready", 3, 4, STEP, LIMITS))
+    assert value(metrics, "num_requests_running") == 3
 
 
 def test_a_scrape_counts_the_last_step() -> None:

@@ -20,7 +20,8 @@ import pytest
 import yaml
 
 from app.core.types import FinishReason
-from app.observability.metrics import EngineSnapshot, Metrics
+from app.observability.engine_gauges import EngineSnapshot
+from app.observability.metrics import Metrics
 from tests.engine_facts import LIMITS, STEP
 
 ROOT = Path(__file__).parents[2]
