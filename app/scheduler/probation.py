@@ -16,7 +16,7 @@ class Probation:
     """The queue of those on probation, and the one whose turn it is."""
 
     def __init__(self) -> None:
-        self._queue = WaitingQueue(Shares())  # tried in turn: no share is counted
+        self._queue = WaitingQueue(Shares(1))  # tried in turn: no share is counted
         self._was_lone = False
         self.trial: Sequence | None = None
         """The one that runs."""

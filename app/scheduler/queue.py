@@ -34,6 +34,11 @@ class WaitingQueue:
         return len(self._by_tenant)
 
     @property
+    def tenants(self) -> Iterator[tuple[str, float]]:
+        """Those that wait, each with its weight."""
+        return ((tenant, waiting[0].request.weight) for tenant, waiting in self._by_tenant.items())
+
+    @property
     def front(self) -> Sequence | None:
         """Who is next, or None."""
         return self.front_but(_nobody)

@@ -68,7 +68,7 @@ class Scheduler:
             enable_prefix_caching=config.enable_prefix_caching,
             record=record,
         )
-        self._shares = Shares()
+        self._shares = Shares(config.max_num_batched_tokens)
         self._queue = WaitingQueue(self._shares)
         self._probation = Probation()
         self._gate = PrefixGate()
@@ -163,7 +163,7 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan | None:
         """The next step's work, or None where there is nothing to compute now."""
         step = Step(self._budget())
-        self._shares.begin_step(now)
+        self._shares.begin_step(now, self._queue.tenants)
         for is_lone in self._probation.turns():
             if is_lone:
                 self._continue_trial(step, now)
@@ -227,8 +227,14 @@ class Scheduler:
     # Scheduling
 
     def _continue_others(self, step: Step, now: float) -> None:
-        """A step of all who are not on probation."""
+        """A step of all who are not on probation, in two turns where a tenant is ahead of others."""
         num_preemptions = self._total_preemptions
+        self._take_turn(step, now, num_preemptions=num_preemptions)
+        if self._shares.begin_second_turn():
+            self._take_turn(step, now, num_preemptions=num_preemptions)
+
+    def _take_turn(self, step: Step, now: float, *, num_preemptions: int) -> None:
+        """Whoever runs and is not in the step yet, then whoever waits, as far as their tenants' parts go."""
         self._continue_running(step)
         if self._total_preemptions == num_preemptions:  # whoever came in now would be the next victim
             self._admit_waiting(step, now)
@@ -345,8 +351,7 @@ class Scheduler:
         return self._queue.num_tenants < 2 and num_rows > 0 and has_most
 
     def _prompt_tokens_left(self, tenant: str) -> int:
-        config = self._config
-        return self._shares.prompt_tokens_left(tenant, config.max_num_batched_tokens, least=config.block_size)
+        return self._shares.prompt_tokens_left(tenant, least=self._config.block_size)
 
     def _num_tokens_for(self, step: Step, sequence: Sequence) -> int:
         """Of a sequence's missing tokens, how many go into the step; 0: its tenant has its part already."""

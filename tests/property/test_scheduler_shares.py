@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.core.types import EngineRequest
-from app.scheduler.shares import MAX_TENANTS, Shares
+from app.core.plan import RowResult, StepResult
+from app.core.types import EngineOutput, EngineRequest
+from app.scheduler import Scheduler
+from app.scheduler.shares import AHEAD_TOKENS, MAX_TENANTS, Shares
 from tests.fakes import make_request
 from tests.property.driver import Driver, make_config
 
@@ -128,7 +130,7 @@ def test_a_lone_tenant_leaves_no_more_than_a_fifth(num_rows: int, num_left: int)
 
 
 def test_not_having_asked_earns_nothing() -> None:
-    shares = Shares()
+    shares = Shares(64)
     shares.lift("busy", [])
     shares.charge("busy", 1000, weight=2.0)
     shares.lift("new", ["busy"])
@@ -161,3 +163,124 @@ def test_counters_are_bounded_in_number_and_those_of_live_tenants_stay() -> None
     assert shares.of("newcomer") >= level
     assert f"idle-{3 * MAX_TENANTS - 1}" in shares._counters
     driver.run_until_idle()
+
+
+# Who is ahead, by steps that cost what they hold
+
+SMALL_BUDGET = 64
+
+
+class TimedEngine:
+    """A scheduler whose steps take a fixed time and more for each token, by a clock of its own."""
+
+    def __init__(
+        self, *, budget: int = SMALL_BUDGET, step_seconds: float = 0.008, token_seconds: float = 0.00025
+    ) -> None:
+        self.scheduler = Scheduler(
+            make_config(
+                num_kv_blocks=2000,
+                max_model_len=1024,
+                max_num_seqs=16,
+                max_num_batched_tokens=budget,
+                enable_prefix_caching=False,
+                eos_token_ids=(),
+            )
+        )
+        self.now = 0.0
+        self._step_seconds = step_seconds
+        self._token_seconds = token_seconds
+
+    def step(self) -> tuple[Counter[str], tuple[EngineOutput, ...]]:
+        """Prompt tokens that each tenant had in the step, and what it brought."""
+        plan = self.scheduler.schedule(self.now)
+        if plan is None:
+            return Counter(), ()
+        in_step = self.scheduler._in_flight[plan.step_id]
+        prompts: Counter[str] = Counter()
+        for sequence, entry in zip(in_step, plan.entries, strict=True):
+            if len(entry.token_ids) > 1:
+                prompts[sequence.request.tenant] += len(entry.token_ids)
+        self.now += self._step_seconds + self._token_seconds * plan.num_tokens
+        rows = tuple(RowResult(entry.row, (7,) if entry.sample else ()) for entry in plan.entries)
+        return prompts, self.scheduler.apply(plan, StepResult(plan.step_id, rows), self.now)
+
+
+def get_ahead(engine: TimedEngine) -> None:
+    """`heavy` is served alone for a while, and has much more to do."""
+    for index in range(20):
+        engine.scheduler.add(request(f"heavy-{index}", "heavy", num_prompt=200, max_tokens=64), engine.now)
+    for _ in range(40):
+        engine.step()
+
+
+def test_prompts_of_who_is_ahead_yield() -> None:
+    engine = TimedEngine()
+    get_ahead(engine)
+    for name in ("first", "second"):
+        engine.scheduler.add(request(name, name, num_prompt=20, max_tokens=1), engine.now)
+        prompts, outputs = engine.step()
+        assert prompts == {name: 20}
+        assert name in [output.request_id for output in outputs]
+    # Nobody else has a prompt: a few tokens at a time, for somebody may come.
+    for _ in range(20):
+        prompts, _ = engine.step()
+        assert 0 < prompts["heavy"] <= AHEAD_TOKENS
+
+
+def test_who_yields_is_served_all_the_same() -> None:
+    engine = TimedEngine()
+    get_ahead(engine)
+    served: Counter[str] = Counter()
+    for index in range(400):  # another's prompt in each step
+        engine.scheduler.add(request(f"light-{index}", "light", num_prompt=40, max_tokens=1), engine.now)
+        prompts, _ = engine.step()
+        served += prompts
+    assert served["heavy"] >= served["light"] / 8
+
+
+def test_nobody_yields_who_is_alone_or_has_no_name() -> None:
+    for tenants in (("heavy",), ("", "")):
+        engine = TimedEngine()
+        for number, tenant in enumerate(tenants):
+            for index in range(6):
+                engine.scheduler.add(request(f"{number}-{index}", tenant, num_prompt=500), engine.now)
+        assert all(sum(engine.step()[0].values()) == SMALL_BUDGET for _ in range(7))
+
+
+def median_wait(*, beside_heavy: bool) -> float:
+    """Seconds to the first token of nine keys that ask for little, now and then; the clock is the engine's."""
+    engine = TimedEngine(budget=1000)
+    num_asked = 0
+    due = {f"light-{number}": 0.3 + 0.05 * number for number in range(9)}
+    due |= {"heavy": 0.0} if beside_heavy else {}
+    since: dict[str, float] = {}
+    waits: list[float] = []
+    while engine.now < 8.0:
+        for tenant, at in list(due.items()):
+            if at <= engine.now:
+                del due[tenant]
+                for _ in range(64 if tenant == "heavy" else 1):
+                    num_asked += 1
+                    name = f"{tenant}/{num_asked}"
+                    since[name] = at
+                    size = (200, 64) if tenant == "heavy" else (20, 8)
+                    asked = request(name, tenant, num_prompt=size[0], max_tokens=size[1])
+                    engine.scheduler.add(asked, engine.now)
+        _, outputs = engine.step()
+        for output in outputs:
+            tenant = output.request_id.partition("/")[0]
+            if output.request_id in since and tenant != "heavy" and engine.now > 2.0:
+                waits.append(engine.now - since[output.request_id])
+            since.pop(output.request_id, None)
+            if output.finish_reason is not None and tenant == "heavy":
+                num_asked += 1
+                engine.scheduler.add(request(f"heavy/{num_asked}", "heavy", num_prompt=200, max_tokens=64), engine.now)
+            elif output.finish_reason is not None:
+                due[tenant] = engine.now + 0.3 + 0.05 * int(tenant.removeprefix("light-"))
+        if not outputs and not engine.scheduler.has_work:
+            engine.now = min(due.values())
+    return sorted(waits)[len(waits) // 2]
+
+
+def test_light_keys_hardly_notice_a_heavy_one() -> None:
+    assert median_wait(beside_heavy=True) <= 1.5 * median_wait(beside_heavy=False)
