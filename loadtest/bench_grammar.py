@@ -11,6 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -58,7 +59,8 @@ class Batch:
         plan = engine.scheduler.schedule(began)
         assert plan is not None
         forward = engine.runner.forward(plan)
-        result = engine.runner.sample(plan, forward, self._grammars.masks(plan))
+        masks = self._grammars.masks(plan, partial(engine.runner.guesses, plan, forward))
+        result = engine.runner.sample(plan, forward, masks)
         outputs = engine.scheduler.apply(plan, self._grammars.accept(plan, result), began)
         assert all(output.finish_reason is None for output in outputs), outputs
         return time.perf_counter() - began

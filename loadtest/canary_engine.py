@@ -34,6 +34,10 @@ class ReplayRunner:
                 self._kv[self._slot(entry, position)] = token_id
         return plan
 
+    def guesses(self, plan: StepPlan, forward: Forward) -> dict[int, int]:
+        """None."""
+        return {}
+
     def sample(self, plan: StepPlan, forward: Forward, *more: Any) -> StepResult:
         """Read back."""
         return StepResult(plan.step_id, tuple(self._row(entry) for entry in plan.entries))

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,6 +151,9 @@ class FaultyRunner:
                         self._failing = entry.row
                     self._control.strike(fault)
         return self._runner.forward(plan)
+
+    def guesses(self, plan: StepPlan, forward: Forward) -> Mapping[int, int]:
+        return self._runner.guesses(plan, forward)
 
     def sample(self, plan: StepPlan, forward: Forward, *more: Any) -> StepResult:
         result = self._runner.sample(plan, forward, *more)

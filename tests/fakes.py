@@ -163,6 +163,9 @@ class FakeRunner:
             del self._rows[row]
         return FakeForward([self._forward_entry(entry) for entry in plan.entries])
 
+    def guesses(self, plan: StepPlan, forward: FakeForward) -> dict[int, int]:
+        return {}
+
     def sample(self, plan: StepPlan, forward: FakeForward, masks: StepMasks | None = None) -> StepResult:
         """It knows no grammars."""
         assert masks is None

@@ -7,6 +7,7 @@ disposable, and the client hands its sequences over to the next one.
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import assert_never
 
 from app.core.plan import StepPlan
@@ -71,7 +72,8 @@ class EngineLoop:
         self._last_step_id = plan.step_id
         self._progress.begin_step(plan.step_id, num_tokens=plan.num_tokens, request_keys=self._keys(plan))
         forward = self._runner.forward(plan)
-        result = self._runner.sample(plan, forward, self._grammars.masks(plan))
+        masks = self._grammars.masks(plan, partial(self._runner.guesses, plan, forward))
+        result = self._runner.sample(plan, forward, masks)
         result = self._grammars.accept(plan, result)
         now = time.monotonic()
         outputs = self._scheduler.apply(plan, result, now)

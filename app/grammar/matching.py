@@ -67,6 +67,25 @@ class MatchState:
                     return
             self.is_end = not self.is_free and self.matcher.is_stopped()
 
+    def allows(self, token_id: int) -> bool:
+        """Whether the mask would have this token, and another than an end of text beside it.
+
+        Without computing the mask, so False may also mean that only that would tell: ends of text, reasoning, failures.
+        """
+        if self.is_free or self.opened_by is not None or not has_bit(self.free_mask, token_id):
+            return False  # the matcher fails for good where it is asked for a token that it does not know
+        is_allowed = False
+        with self.failing_alone():
+            forced = self.matcher.compute_ff_tokens()  # where tokens are forced a mask has the first of them alone
+            is_allowed = forced[0] == token_id if forced else self.matcher.validate_tokens([token_id]) == 1
+        return is_allowed
+
+    def only(self, token_id: int) -> NDArray[np.int32]:
+        """(num_words,): a mask of this token alone."""
+        mask = np.zeros_like(self.ends)
+        mask.view(np.uint32)[token_id // 32] = 1 << token_id % 32
+        return mask
+
     def take_over(self, token_ids: Sequence[int]) -> None:
         """Go on by tokens that another engine drew. Raises GrammarError where they do not fit."""
         rest = self._behind_reasoning(token_ids)
@@ -191,6 +210,11 @@ class Matchers:
             size = self._vocabulary.vocab_size
             self._ends, self._known = _bits((*self._vocabulary.eos_tokens,), size), _bits(range(size), size)
         return self._vocabulary
+
+
+def has_bit(mask: NDArray[np.int32], token_id: int) -> bool:
+    """Whether a mask lets a token through."""
+    return bool(mask[token_id // 32] >> (token_id % 32) & 1)
 
 
 def _bits(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.int32]:

@@ -66,6 +66,14 @@ class ModelRunner(Protocol):
         """
         ...
 
+    def guesses(self, plan: StepPlan, forward: Forward) -> Mapping[int, int]:
+        """By row, the token that a row with a grammar draws if the grammar allows it.
+
+        Of rows of which that is known without a wait; there may be none. A mask for such a row is needed only where
+        its guess is forbidden.
+        """
+        ...
+
     def sample(self, plan: StepPlan, forward: Forward, masks: StepMasks | None = None) -> StepResult:
         """Draw the next tokens. One result per entry; a failing row has `error`, the others go on.
 

@@ -119,6 +119,10 @@ class ScriptedRunner:
             self._rows[entry.row].extend(entry.start, entry.token_ids)
         return ScriptedForward(plan.step_id)
 
+    def guesses(self, plan: StepPlan, forward: ScriptedForward) -> dict[int, int]:
+        """None."""
+        return {}
+
     def sample(self, plan: StepPlan, forward: ScriptedForward, masks: StepMasks | None = None) -> StepResult:
         """Make up the next tokens; where a mask forbids one, the next higher id that it allows takes its place."""
         by_row: StepMasks = {} if masks is None else masks

@@ -85,6 +85,20 @@ def test_nothing_happens_without_a_grammar(bench: Bench) -> None:
     grammars.forget(["plain"])
 
 
+def test_a_guess_that_is_allowed_is_the_mask_and_another_changes_nothing(bench: Bench) -> None:
+    grammars = bench.grammars
+    step = plan(entry(0, bench.ready("a")), entry(1, bench.ready("b")), entry(2, bench.ready("c")))
+    grammars.masks(step)  # the first ones were computed while they were prepared
+    grammars.accept(step, result(*(RowResult(row, (A,)) for row in range(3))))
+    step = plan(entry(0), entry(1), entry(2))
+    masks = grammars.masks(step, lambda: {0: B, 1: A, 7: B})
+    assert masks is not None and set(masks) == {0, 1, 2}
+    for mask in masks.values():
+        assert not forbids(mask)(B) and forbids(mask)(A)
+    ends = result(*(RowResult(row, (B,)) for row in range(3)))
+    assert grammars.accept(step, ends) == ends
+
+
 def test_a_row_is_followed_from_its_start_to_its_end(bench: Bench) -> None:
     request, plain = bench.ready("a"), make_request("plain", [5])
     grammars = bench.grammars

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from app.core.types import EngineRequest, Grammar
 from app.grammar import source
 from app.grammar.errors import GrammarError
-from app.grammar.matching import MaskMaker, Matchers, MatchState
+from app.grammar.matching import MaskMaker, Matchers, MatchState, has_bit
 from app.text import Tokenizer
 from tests.fakes import make_request
 from tests.text_tokenizers import byte_fallback, byte_level
@@ -65,6 +66,31 @@ def test_each_choice_can_be_written_to_its_end(matchers: Matchers, tokenizer: To
     state = matchers.prepare(asked(WORDS))
     follow(state, tokenizer.encode_now(text, False))
     assert state.is_end and state.error is None
+
+
+RECORD = source.json_schema({"type": "object", "properties": {"name": {"type": "string", "maxLength": 3}}})
+
+
+@pytest.mark.parametrize(
+    "grammar", [WORDS, RECORD, source.regex("(ab|a.c){2}[0-9]*")], ids=["words", "record", "regex"]
+)
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_token_is_allowed_without_a_mask_as_with_it(matchers: Matchers, grammar: Grammar, ignore_eos: bool) -> None:
+    """Along a walk, for every token of the vocabulary; asking changes nothing."""
+    state = matchers.prepare(asked(grammar, ignore_eos=ignore_eos))
+    asked_of = matchers.prepare(asked(grammar, ignore_eos=ignore_eos))
+    for step in range(40):
+        known = allowed(state)
+        assert {token_id for token_id in range(32 * len(state.ends)) if asked_of.allows(token_id)} == known - {EOS}
+        assert asked_of.error is None
+        token_id = sorted(known - {EOS})[step * 7 % len(known - {EOS})]
+        assert has_bit(state.only(token_id), token_id) and state.only(token_id).view(np.uint32).sum().bit_count() == 1
+        for one in (state, asked_of):
+            one.accept([token_id])
+        if state.goes_on:
+            MASKS.compute([state])
+        if not state.goes_on:
+            break
 
 
 def test_only_what_leads_on_is_allowed(matchers: Matchers, tokenizer: Tokenizer) -> None:

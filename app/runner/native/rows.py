@@ -26,6 +26,8 @@ class Row:
         is_masked = bool(params.logit_bias or params.allowed_token_ids or params.bad_words or params.grammar)
         self._is_plain = not (is_changed or is_masked) and params.num_logprobs is None and self.sampler.refusal is None
         self._is_greedy = is_greedy(params)
+        self.guesses_largest = params.grammar is not None and self._is_greedy and self.sampler.is_unchanged
+        """The token is the largest raw logit where the grammar allows it."""
         self._first_plain_position = len(start.prompt_token_ids) + params.min_tokens
 
     def takes_largest(self, position: int) -> bool:

@@ -109,6 +109,16 @@ class NativeRunner:
         self._call(self.library.forward, arrays, forward.wanted)
         return forward
 
+    def guesses(self, plan: StepPlan, forward: Forward) -> dict[int, int]:
+        """The largest logits of greedy rows of which nothing but a grammar is asked."""
+        assert isinstance(forward, NativeForward)
+        wanted, guesses = forward.wanted, dict[int, int]()
+        for index, at in forward.logits_rows.items():
+            row = self.rows[plan.entries[index].row]
+            if row.guesses_largest and wanted.is_finite[at]:
+                guesses[plan.entries[index].row] = int(wanted.best_ids[at])
+        return guesses
+
     def sample(self, plan: StepPlan, forward: Forward, masks: StepMasks | None = None) -> StepResult:
         """Draw the next tokens of the step that `forward` computed, which must be the last one."""
         assert isinstance(forward, NativeForward)

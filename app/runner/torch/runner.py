@@ -62,6 +62,10 @@ class TorchRunner:
                 self._rows[entry.row] = _Row(entry.start_row, sampler)
         return self._executor.run(plan)
 
+    def guesses(self, plan: StepPlan, forward: Forward) -> dict[int, int]:
+        """None: a device is still computing."""
+        return {}
+
     def sample(self, plan: StepPlan, forward: Forward, masks: StepMasks | None = None) -> StepResult:
         """See `ModelRunner.sample`."""
         assert isinstance(forward, StepLogits)
