@@ -60,3 +60,12 @@ def test_its_recipe_and_measurements_are_beside_it() -> None:
     assert f"{measured['bits_per_byte']:.3f}" in card
     assert f"{measured['kneser_ney_5_bits_per_byte']:.3f}" in card
     assert "<svg" in (path / "report.html").read_text()
+
+
+def test_its_measurements_meet_the_marks() -> None:
+    """What models/rill-stories-3m/measure.py wrote."""
+    measured = json.loads((resolve(OFFLINE_MODEL, report=quiet).path / "measured.json").read_text())
+    assert measured["under_kneser_ney"] >= 0.15
+    assert measured["nll_ratio"] <= 1.25
+    assert measured["repeated_4grams"] <= 0.05
+    assert measured["perplexity_served"] == pytest.approx(measured["perplexity_float32"], rel=5e-3)
