@@ -3,6 +3,7 @@
 Items get ids of this server's, whatever they came with: the same ones each time, none of them twice.
 """
 
+import re
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import Literal
@@ -24,6 +25,7 @@ from app.api.schemas.responses_input import (
 from app.core.errors import InvalidRequest
 
 _PREFIXES = {"function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+_INDEX = re.compile(r"[0-9a-f]{8}\Z")
 _decode = msgspec.json.Decoder(str | list[InputItem]).decode
 
 
@@ -33,26 +35,28 @@ def list_items(
     """A page of what was sent as `input`, as JSON. Raises InvalidRequest where `after` is none of its items."""
     given = _decode(sent)
     items = [InputItem(role="user", content=given)] if isinstance(given, str) else given
-    known = [(_item_id(response_id, index, item), item) for index, item in enumerate(items)]
-    if order == "desc":
-        known.reverse()
-    begin = 0
-    if after is not None:
-        begin = 1 + next((index for index, (item_id, _) in enumerate(known) if item_id == after), -1)
-        if not begin:
-            raise InvalidRequest(f"`after` is `{shown(after)}`, which is no item of this response.", param="after")
-    page = known[begin : begin + limit]
+    digest = sha256(response_id.encode()).hexdigest()[:24]
+    order_of = range(len(items)) if order == "asc" else range(len(items) - 1, -1, -1)
+    begin = 0 if after is None else 1 + _place_of(after, digest, items, order_of)
+    page = [(_item_id(digest, index, items[index]), items[index]) for index in order_of[begin : begin + limit]]
     return InputItemList(
         data=[_shown_item(item_id, item) for item_id, item in page],
         first_id=page[0][0] if page else None,
         last_id=page[-1][0] if page else None,
-        has_more=begin + limit < len(known),
+        has_more=begin + limit < len(items),
     )
 
 
-def _item_id(response_id: str, index: int, item: InputItem) -> str:
-    digest = sha256(f"{response_id} {index}".encode()).hexdigest()[:32]
-    return f"{_PREFIXES.get(item.type or 'message', 'msg')}_{digest}"
+def _place_of(item_id: str, digest: str, items: Sequence[InputItem], order: range) -> int:
+    """Where in the order the item stands."""
+    index = int(item_id[-8:], 16) if _INDEX.search(item_id) else len(items)
+    if index >= len(items) or item_id != _item_id(digest, index, items[index]):
+        raise InvalidRequest(f"`after` is `{shown(item_id)}`, which is no item of this response.", param="after")
+    return order.index(index)
+
+
+def _item_id(digest: str, index: int, item: InputItem) -> str:
+    return f"{_PREFIXES.get(item.type or 'message', 'msg')}_{digest}{index:08x}"
 
 
 def _shown_item(item_id: str, item: InputItem) -> GivenItem:

@@ -404,8 +404,10 @@ def test_what_a_stored_response_was_asked_with(server: FakeServer, client: opena
     assert [item.id for item in first_page.data] == [items[-1].id, items[-2].id] and first_page.has_more
     rest = client.responses.input_items.list(answer.id, after=items[-2].id)
     assert [item.id for item in rest.data] == [item.id for item in reversed(items[:-2])] and not rest.has_more
-    with pytest.raises(openai.BadRequestError, match="no item of this response"):
-        client.responses.input_items.list(answer.id, after="nowhere")
+    for nowhere in ("nowhere", "", items[0].id.replace("msg", "fc"), f"{items[0].id[:-8]}ffffffff", f"{items[0].id}0"):
+        with pytest.raises(openai.BadRequestError, match="no item of this response"):
+            client.responses.input_items.list(answer.id, after=nowhere)
+    assert client.responses.input_items.list(answer.id, after=items[0].id).data == []
     for fields in ({"limit": 0}, {"limit": 101}, {"order": "up"}):
         refused = server.http.get(f"{ROUTE}/{answer.id}/input_items", params=fields)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, next(iter(fields)))

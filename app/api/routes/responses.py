@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 
+from app.api.aside import aside
 from app.api.deps import ServerContext
 from app.api.generation_run import GenerationRun
 from app.api.openapi import json_reply, responses_reply, timed_body
@@ -80,7 +81,10 @@ def routes(context: ServerContext) -> APIRouter:
     ) -> Response:
         """What the request of a stored response sent as `input`, the last item first; of earlier turns nothing."""
         found = _find(store, request, response_id)
-        return JsonResponse(list_items(response_id, found.input, order=order, limit=limit, after=after))
+        size = len(found.input)
+        return JsonResponse(
+            await aside(size, list_items, response_id, found.input, order=order, limit=limit, after=after)
+        )
 
     @router.post(
         "/v1/responses/{response_id}/cancel",
