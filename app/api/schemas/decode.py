@@ -25,6 +25,8 @@ MAX_FIELDS = 256
 _MANY_COLONS = 16_384
 """A body with more may have so many fields that one call that reads them all holds the interpreter's lock too long."""
 _MARK = re.compile(rb'"(?:[^"\\]|\\.)*+"|[{}\[\]:]', re.DOTALL)
+_TOO_DEEP = 1024
+"""Nobody reads so many levels: the decoder refuses them at once, however many more there are."""
 _MAX_SHOWN = 64
 _MAX_EXPLAINED = 65_536
 """Longest body that is searched for the forbidden value: the search holds the event loop."""
@@ -55,6 +57,8 @@ def _has_many_fields(body: bytes) -> bool:
         match mark.group()[0]:
             case 0x7B | 0x5B:  # { [
                 depth += 1
+                if depth > _TOO_DEEP:
+                    return False
             case 0x7D | 0x5D:  # } ]
                 depth -= 1
             case 0x3A if depth == 1:  # :
