@@ -1,6 +1,6 @@
 """The engine without HTTP under the workloads of the comparison: what clients would see, where a step's time goes.
 
-`python -m loadtest.bench_engine [MODEL_DIR] [--threads N] [--quantization int8] [--budget TOKENS ...]`
+`python -m loadtest.bench_engine [MODEL_DIR] [--threads N] [--quantization int8] [--budget TOKENS ...] [--rows ...]`
 
 Scheduler, runner and the encoding of messages run in this process, one step after the other. With one thread the clock
 is this thread's own CPU time, so that other programs hardly matter; with several it is the wall clock. The time within
@@ -14,7 +14,8 @@ import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -29,6 +30,7 @@ from app.runner.native.build import KERNEL_FLAGS_VARIABLE
 from app.runner.native.precision import QUANTIZATIONS
 from app.runner.native.runner import NativeRunner
 from loadtest.bench_kernels import default_model
+from loadtest.row_kinds import ROW_KINDS, drawn_as
 
 LAYER_KINDS = (
     "rows", "qkv", "rows", "attention", "rows", "output", "rows", "rows", "gate and up", "rows", "down", "rows",
@@ -46,12 +48,15 @@ class Workload:
     num_prompt: int
     num_output: int
     shared: float = 0.0
+    rows: str = "greedy"
+    """One of ROW_KINDS."""
 
     @property
     def name(self) -> str:
         """As docs/benchmarks.md writes it."""
         end = f", {self.shared:.0%} shared" if self.shared else ""
-        return f"{self.concurrency}: {self.num_prompt} / {self.num_output}{end}"
+        rows = "" if self.rows == "greedy" else f", {self.rows}"
+        return f"{self.concurrency}: {self.num_prompt} / {self.num_output}{end}{rows}"
 
 
 WORKLOADS = (
@@ -100,7 +105,9 @@ class Loop:
             EngineRequest(
                 request_id=f"{seed}-{index}",
                 prompt_token_ids=(*common, *rng.integers(5, 40_000, rest).tolist()),
-                params=SamplingParams(seed=0, max_tokens=workload.num_output, temperature=0.0, ignore_eos=True),
+                params=drawn_as(
+                    workload.rows, SamplingParams(seed=index, max_tokens=workload.num_output, ignore_eos=True)
+                ),
             )
             for index in range(num_requests)
         )
@@ -176,6 +183,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, nargs="+", help="tokens a step; default: as a server measures it")
     parser.add_argument("--rounds", type=int, default=2, help="times concurrency is the number of requests")
     parser.add_argument("--workloads", type=int, nargs="+", default=list(range(len(WORKLOADS))), help="0 to 4")
+    parser.add_argument("--rows", choices=list(ROW_KINDS), nargs="+", default=["greedy"], help="how tokens are drawn")
     options = parser.parse_args()
     os.environ[KERNEL_FLAGS_VARIABLE] = "-DHW_PROFILE"
     clock = time.thread_time if options.threads == 1 else time.perf_counter
@@ -185,13 +193,14 @@ def main() -> None:
             quantization=options.quantization, max_num_batched_tokens=budget, num_kv_blocks=1024,
         )  # fmt: skip
         engine = build_engine(config)
-        loop, runs = Loop(engine, clock), {}
+        loop, runs = Loop(engine, clock), dict[str, Run]()
         loop.run(Workload(4, 64, 8), 8, seed=-1 & 0xFF)
         info = engine.runner.info
         sys.stdout.write(f"{info.tier_reason}, {info.dtype}, {info.max_num_batched_tokens} tokens a step\n")
-        for index in options.workloads:
-            workload = WORKLOADS[index]
-            run = loop.run(workload, workload.concurrency * options.rounds, seed=index)
+        for index, rows in product(options.workloads, options.rows):
+            workload = replace(WORKLOADS[index], rows=rows)
+            # Other prompts for each run: none finds its own in the prefix cache.
+            run = loop.run(workload, workload.concurrency * options.rounds, seed=len(runs))
             runs[workload.name] = run
             sys.stdout.write(f"{workload.name:26} {run.line()}\n")
         sys.stdout.write(table(runs) + "\n")

@@ -3,14 +3,15 @@
 In one process, without HTTP: a scheduler, the native tier and the grammars of the engine. Rounds of decoding
 steps with 32 plain rows, 16 plain and 16 constrained ones, and 32 constrained ones take turns, so that a change of
 the machine's pace meets all three; the figure is the median step of each and the median over rounds of
-its ratio to the plain one. All rows are drawn with the same parameters and never end.
+its ratio to the plain one. All rows are drawn in the same way (`--rows`) and never end. With `--threads 1` the clock
+is this thread's own CPU time, which other programs hardly change.
 """
 
 import argparse
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,6 +23,7 @@ from app.core.types import EngineRequest, SamplingParams
 from app.engine.build import Engine, build_engine
 from app.grammar import source
 from app.store import list_models, resolve
+from loadtest.row_kinds import ROW_KINDS, drawn_as
 
 logger = logging.getLogger("loadtest")
 
@@ -40,30 +42,41 @@ RECORD = {
 }
 ENDLESS = {"type": "array", "items": RECORD, "minItems": 10_000}
 PROMPT_TOKENS = 64
+PARTS = ("schedule", "forward", "masks", "sample", "accept", "apply")
+Clock = Callable[[], float]
 
 
 class Batch:
     """One mix of rows, decoding for as long as it is asked to."""
 
-    def __init__(self, engine: Engine, *, num_grammars: int, temperature: float, max_tokens: int) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, clock: Clock, *, num_grammars: int, rows: str, max_tokens: int) -> None:
+        self._engine, self._clock = engine, clock
+        self.spent: dict[str, list[float]] = {part: [] for part in PARTS}
         self._grammars = engine.grammars(wake=lambda: None, note_preparing=lambda _: None)
         for index in range(NUM_ROWS):
-            self._add(_request(index, is_plain=index >= num_grammars, temperature=temperature, max_tokens=max_tokens))
+            self._add(_request(index, is_plain=index >= num_grammars, rows=rows, max_tokens=max_tokens))
         self._wait_prepared(num_grammars)
 
     def step(self) -> float:
         """Seconds of one step."""
-        began = time.perf_counter()
-        engine = self._engine
-        plan = engine.scheduler.schedule(began)
+        engine, times = self._engine, [self._clock()]
+        plan = engine.scheduler.schedule(times[0])
         assert plan is not None
+        times.append(self._clock())
         forward = engine.runner.forward(plan)
+        times.append(self._clock())
         masks = self._grammars.masks(plan, partial(engine.runner.guesses, plan, forward))
+        times.append(self._clock())
         result = engine.runner.sample(plan, forward, masks)
-        outputs = engine.scheduler.apply(plan, self._grammars.accept(plan, result), began)
+        times.append(self._clock())
+        result = self._grammars.accept(plan, result)
+        times.append(self._clock())
+        outputs = engine.scheduler.apply(plan, result, times[0])
+        times.append(self._clock())
         assert all(output.finish_reason is None for output in outputs), outputs
-        return time.perf_counter() - began
+        for part, begin, end in zip(PARTS, times, times[1:], strict=False):
+            self.spent[part].append(end - begin)
+        return times[-1] - times[0]
 
     def close(self) -> None:
         """Abort all rows."""
@@ -84,23 +97,24 @@ class Batch:
             time.sleep(0.001)
 
 
-def _request(index: int, *, is_plain: bool, temperature: float, max_tokens: int) -> EngineRequest:
-    params = SamplingParams(seed=index, max_tokens=max_tokens, temperature=temperature, ignore_eos=True)
+def _request(index: int, *, is_plain: bool, rows: str, max_tokens: int) -> EngineRequest:
+    params = drawn_as(rows, SamplingParams(seed=index, max_tokens=max_tokens, ignore_eos=True))
     if not is_plain:
         params = msgspec.structs.replace(params, grammar=source.json_schema(ENDLESS))
     prompt = tuple(1000 + (index * 131 + position * 17) % 20_000 for position in range(PROMPT_TOKENS))
     return EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params)
 
 
-def _round(engine: Engine, num_grammars: int, options: argparse.Namespace) -> float:
-    """The median decoding step, in seconds."""
+def _round(engine: Engine, num_grammars: int, options: argparse.Namespace) -> dict[str, float]:
+    """The median decoding step and the median of each part, in seconds."""
     max_tokens = options.steps + options.warmups + PROMPT_TOKENS
-    batch = Batch(engine, num_grammars=num_grammars, temperature=options.temperature, max_tokens=max_tokens)
+    clock = time.thread_time if options.threads == 1 else time.perf_counter
+    batch = Batch(engine, clock, num_grammars=num_grammars, rows=options.rows, max_tokens=max_tokens)
     for _ in range(options.warmups):
         batch.step()
     times = [batch.step() for _ in range(options.steps)]
     batch.close()
-    return median(times)
+    return {"step": median(times)} | {part: median(spent[-options.steps :]) for part, spent in batch.spent.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,9 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         max_num_seqs=NUM_ROWS,
         kv_cache_bytes=1 << 29,
         enable_prefix_caching=False,
+        num_threads=options.threads,
     )
     engine = build_engine(config)
-    rounds: dict[str, list[float]] = {name: [] for name in MIXES}
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in MIXES}
     for _ in range(options.rounds):
         for name, num_grammars in MIXES.items():
             rounds[name].append(_round(engine, num_grammars, options))
@@ -129,11 +144,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _show(rounds: dict[str, list[float]]) -> None:
+def _show(rounds: dict[str, list[dict[str, float]]]) -> None:
     plain = rounds["32 plain"]
-    for name, seconds in rounds.items():
-        ratio = median(one / base for one, base in zip(seconds, plain, strict=True))
-        sys.stdout.write(f"{name:24} step p50 {median(seconds) * 1e3:7.2f} ms   {100 * (ratio - 1):+6.1f} %\n")
+    for name, taken in rounds.items():
+        ratio = median(one["step"] / base["step"] for one, base in zip(taken, plain, strict=True))
+        step, *parts = (median(one[part] for one in taken) * 1e3 for part in ("step", *PARTS))
+        told = "   ".join(f"{part} {milliseconds:.2f}" for part, milliseconds in zip(PARTS, parts, strict=True))
+        sys.stdout.write(f"{name:24} step p50 {step:7.2f} ms   {100 * (ratio - 1):+6.1f} %   {told}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,7 +159,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=60, help="timed decoding steps of each round")
     parser.add_argument("--warmups", type=int, default=12, help="steps before them, prefill included")
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--rows", choices=list(ROW_KINDS), default="greedy", help="how tokens are drawn")
+    parser.add_argument("--threads", type=int, help="default: as a server takes them")
     return parser
 
 
