@@ -35,7 +35,7 @@ from loadtest.row_kinds import ROW_KINDS, drawn_as
 LAYER_KINDS = (
     "rows", "qkv", "rows", "attention", "rows", "output", "rows", "rows", "gate and up", "rows", "down", "rows",
 )  # fmt: skip
-"""What each phase of a layer is, in the order of src/step.c; rows: norm, rotation, rounding, residual."""
+"""What each phase of a layer is, in the order of src/phases.h; rows: norm, rotation, rounding, residual."""
 HEAD_KINDS = ("rows", "head", "rows")
 OUTSIDE = ("schedule", "gather", "sample", "apply", "encode")
 

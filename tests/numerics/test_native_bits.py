@@ -127,6 +127,27 @@ def last_token(row: int) -> tuple[int, ...]:
     return PROMPT[-1:] if row == 1 else prompt_ids(length(row), seed=row)[-1:]
 
 
+def test_sequences_with_one_beginning_change_no_bit(runners: tuple[NativeRunner, NativeRunner]) -> None:
+    """Nine sequences go through blocks that they share; the fifth shares one of two, and all end differently."""
+    begin = prompt_ids(128, seed=9)
+    prompts = [begin[: 64 if i == 4 else 128] + prompt_ids(3 + 23 * i, seed=100 + i) for i in range(9)]
+    alone = Hand(runners[0])
+    expected = [alone.logits(alone.entry(i, prompt, range(5 * i, 5 * i + 5)))[0] for i, prompt in enumerate(prompts)]
+    for hand in (Hand(runner) for runner in runners):
+        tables = [(200, 201, *range(60 + 4 * i, 64 + 4 * i)) for i in range(9)]
+        tables[4] = (200, *tables[4][2:])
+        hand.run(hand.entry(100, begin, (200, 201), sample=False, logits=LogitsNeed.NONE))
+        for row, (prompt, table) in enumerate(zip(prompts, tables, strict=True)):
+            start = 64 if row == 4 else 128
+            rest = hand.entry(
+                row, prompt[start:-1], table, start=start, prompt=prompt, sample=False, logits=LogitsNeed.NONE
+            )
+            hand.run(rest)
+        step = [hand.entry(i, p[-1:], tables[i], start=len(p) - 1) for i, p in enumerate(prompts)]
+        for got, want in zip(hand.logits(*step), expected, strict=True):
+            assert same_bits(got, want)
+
+
 def test_a_mixed_step_changes_no_bit(runners: tuple[NativeRunner, NativeRunner]) -> None:
     one, two = (Hand(runner) for runner in runners)
     expected = whole(one, 0, 0)

@@ -1,5 +1,6 @@
-/* What the machine can do at most, for comparison: one thread, no memory, or nothing but memory. */
-#include "vmath.h"
+/* For loadtest/bench_kernels.py: what the machine can do at most (one thread, no memory, or nothing but memory), and
+ * single kernels. */
+#include "phases.h"
 
 #define CHAINS 12 /* independent sums: enough to hide the latency of the instruction */
 
@@ -43,4 +44,51 @@ float hw_read(const float *data, int64_t count) {
     float total = 0.0f;
     for (int i = 0; i < 8; i++) total += v_sum(sum[i]);
     return total;
+}
+
+typedef struct {
+    const hw_layer *layers;
+    int32_t which, rows; /* which: 0 qkv, 1 output, 2 gate and up, 3 down */
+    linear_in in;
+    float *out;
+} linear_job;
+
+static int linears_count(const void *arg, int phase) {
+    const linear_job *j = arg;
+    return linear_units(&j->layers[phase].qkv + j->which);
+}
+
+static void linears_run(const void *arg, int phase, int from, int to, int thread) {
+    (void)thread;
+    const linear_job *j = arg;
+    const hw_linear *lin = &j->layers[phase].qkv + j->which;
+    finish done = {.kind = j->which == 0 ? FINISH_STORE : FINISH_ADD, .out = j->out, .stride = lin->n_pad};
+    if (j->which == 2) done = (finish){.kind = FINISH_SILU_MUL, .out16 = (uint16_t *)j->out, .stride = lin->n_pad / 2};
+    linear_run(lin, &j->in, j->rows, &done, NULL, from, to);
+}
+
+/* One linear of every layer, one after the other, each finished as a step finishes it. x: bf16, or bytes
+ * with scales for int8, with block_scales for blocks; [rows][k]. */
+void hw_run_linears(hw_context *c, const hw_layer *layers, int32_t num_layers, int32_t which, int32_t rows,
+                    const void *x, const void *scales, float *out) {
+    const long k = (&layers->qkv + which)->k;
+    linear_job j = {layers, which, rows, {.bf16 = x, .bytes = x, .scales = scales, .blocks = scales, .stride = k}, out};
+    pool_run(c->pool, &(hw_region){num_layers, linears_count, linears_run, &j});
+}
+
+static int attention_count(const void *arg, int phase) {
+    const job *j = arg;
+    return layer_count(j, j->model->layers + phase, ATTEND);
+}
+
+static void attention_run(const void *arg, int phase, int from, int to, int thread) {
+    const job *j = arg;
+    layer_run(j, j->model->layers + phase, ATTEND, from, to, thread);
+}
+
+/* The attention of every layer for a step that hw_forward computed last. */
+void hw_run_attention(hw_context *c, const hw_model *model, const hw_step *step) {
+    plan_attention(&c->attention, model, step, pool_threads(c->pool));
+    job j = {c, model, step};
+    pool_run(c->pool, &(hw_region){model->num_layers, attention_count, attention_run, &j});
 }

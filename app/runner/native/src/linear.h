@@ -52,6 +52,7 @@ typedef struct {
     long stride, region_lines, from, to;
 } drawing;
 
+INLINE int linear_units(const hw_linear *linear) { return linear->n_pad / UNIT; }
 /* Units of columns from .. to - 1, for all rows. beside: NULL, or what all units together draw in. */
 void linear_run(const hw_linear *linear, const linear_in *in, int rows, const finish *done, const drawing *beside,
                 int from, int to);

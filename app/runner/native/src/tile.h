@@ -20,19 +20,22 @@ typedef struct {
     const void *w;    /* [groups][w_stride] 32-bit groups */
     long w_stride;    /* 32-bit groups from one k to the next */
     int groups;       /* k / G */
-    stream near, far, beside; /* memory that is needed next: at each step two lines into L1, one and one into L2 */
+    stream near, far, beside; /* memory that is needed next: at each step two lines, one and one */
 } tile_in;
 
 #define ROWS_LOOP _Pragma("GCC unroll 8") for (int m = 0; m < mr; m++)
 #define VECS_LOOP _Pragma("GCC unroll 4") for (int j = 0; j < nv; j++)
+
+/* Keep what was loaded in its register: GCC 12 loads it again for each row where registers are free enough. */
+#define KEEP(v) __asm__("" : "+v"(v))
 
 /* The same four instructions for every tile: a branch here costs more than a line that is there already. */
 INLINE void draw_ahead(const tile_in *in, int k) {
     const char *p = in->near.at + (long)k * in->near.step;
     _mm_prefetch(p, _MM_HINT_T0);
     _mm_prefetch(p + 64, _MM_HINT_T0);
-    _mm_prefetch(in->far.at + (long)k * in->far.step, _MM_HINT_T1);
-    _mm_prefetch(in->beside.at + (long)k * in->beside.step, _MM_HINT_T1);
+    _mm_prefetch(in->far.at + (long)k * in->far.step, _MM_HINT_T0);
+    _mm_prefetch(in->beside.at + (long)k * in->beside.step, _MM_HINT_T0);
 }
 
 INLINE void tile_bf16(const int mr, const int nv, const tile_in *in, const float *init, long init_stride, float *out,
@@ -44,6 +47,7 @@ INLINE void tile_bf16(const int mr, const int nv, const tile_in *in, const float
         draw_ahead(in, k);
         vi weight[NV_MAX];
         VECS_LOOP weight[j] = vi_load(w + j * VL);
+        VECS_LOOP KEEP(weight[j]);
         ROWS_LOOP {
             vi b = vi_set1(x[m * in->x_stride + k]);
             VECS_LOOP acc[m][j] = v_dp(acc[m][j], weight[j], b);
@@ -61,6 +65,7 @@ INLINE void tile_int8(const int mr, const int nv, const tile_in *in, const int32
         draw_ahead(in, k);
         vi weight[NV_MAX];
         VECS_LOOP weight[j] = vi_load(w + j * VL);
+        VECS_LOOP KEEP(weight[j]);
         ROWS_LOOP {
             vi b = vi_set1(x[m * in->x_stride + k]);
             VECS_LOOP acc[m][j] = vi_dp(acc[m][j], b, weight[j]);
