@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from app.core.memory import EngineMemory
 from app.core.plan import PlanEntry, StepPlan, StepResult
 from app.core.types import EngineRequest
 from app.engine.build import Engine, build_engine
+from app.grammar.constraints import Constraints
 from app.grammar.constraints import _Preparer as Preparer
 from app.ipc.messages import Abort, FromEngine, ToEngine
 from app.ipc.transport import EngineEnd, encode_frame
@@ -38,13 +39,17 @@ Kind = Literal[
     "memory",
     "hang",
     "row_error",
+    "grammar_crash",
     "frame_lost",
     "frame_doubled",
     "frame_corrupt",
 ]
 Phase = Literal["start", "idle", "prepare", "prefill", "chunked_prefill", "decode", "last_token", "abort"]
 """`prepare`: while a thread of its own compiles a grammar."""
+GRAMMAR_CRASH = "grammar_crash"
+"""The library of grammars ends the process: in the thread that prepares, while a mask is computed, or at an abort."""
 FRAMES = ("frame_lost", "frame_doubled", "frame_corrupt")
+ROW_PHASES: tuple[Phase, ...] = ("prefill", "chunked_prefill", "decode", "last_token")
 STDERR_VARIABLE = "LOADTEST_ENGINE_STDERR"
 
 
@@ -66,14 +71,24 @@ class Control:
         self._path = path
         self.spoiled: Kind | None = None
         """What to do with the next frame that is sent."""
+        self.due_in_masks: Fault | None = None
+        """What to do where this step's masks are computed."""
 
     def armed(self, *phases: Phase) -> Fault | None:
         """The fault, if one of these phases is its own."""
+        fault = self._read()
+        return fault if fault is not None and fault.phase in phases and fault.kind != GRAMMAR_CRASH else None
+
+    def armed_in_grammar(self, *phases: Phase) -> Fault | None:
+        """The same for a fault that strikes where grammars are at work, and nowhere else."""
+        fault = self._read()
+        return fault if fault is not None and fault.phase in phases and fault.kind == GRAMMAR_CRASH else None
+
+    def _read(self) -> Fault | None:
         try:
-            fault = msgspec.json.decode(self._path.read_bytes(), type=Fault)
+            return msgspec.json.decode(self._path.read_bytes(), type=Fault)
         except (OSError, msgspec.DecodeError):
             return None
-        return fault if fault.phase in phases else None
 
     def strike(self, fault: Fault) -> None:
         """Do it, or have it done to the next frame; nothing where it was done already."""
@@ -143,7 +158,10 @@ class FaultyRunner:
             if (start := entry.start_row) is not None:
                 prompt = start.prompt_token_ids
                 self._rows[entry.row] = (prompt[-1], len(prompt), start.params.max_tokens)
-        fault = self._control.armed("prefill", "chunked_prefill", "decode", "last_token", "abort")
+        in_grammar = self._control.armed_in_grammar(*ROW_PHASES)
+        if in_grammar is not None and any(self._is_due(in_grammar, entry) for entry in plan.entries):
+            self._control.due_in_masks = in_grammar
+        fault = self._control.armed(*ROW_PHASES, "abort")
         if fault is not None:
             for entry in plan.entries:
                 if self._is_due(fault, entry):
@@ -195,7 +213,7 @@ def strike(fault: Fault) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "sigstop":
             os.kill(os.getpid(), signal.SIGSTOP)
-        case "sigsegv":
+        case "sigsegv" | "grammar_crash":
             ctypes.string_at(0)
         case "sigabrt":
             os.abort()
@@ -231,16 +249,34 @@ def _wrap(control: Control) -> None:
     replaced: dict[str, Callable[..., object]] = {"build_engine": build, "EngineEnd": end}
     for name, value in replaced.items():
         setattr(engine_main, name, value)
-    prepare_soundly = Preparer._run
+    _wrap_grammars(control)
+
+
+def _wrap_grammars(control: Control) -> None:
+    """Strike where the library of grammars is called."""
+    prepare_soundly, masks_soundly, forget_soundly = Preparer._run, Constraints.masks, Constraints.forget
 
     def prepare(preparer: Preparer, request: EngineRequest, tell: Callable[[Any], None]) -> None:
-        fault = control.armed("prepare")
+        fault = control.armed("prepare") or control.armed_in_grammar("start", "idle")
         if fault is not None and fault.target in (-1, request.prompt_token_ids[-1]):
             preparer._note(request.request_id)
             control.strike(fault)
         prepare_soundly(preparer, request, tell)
 
+    def masks(constraints: Constraints, plan: StepPlan, *more: Any) -> Any:
+        if control.due_in_masks is not None:
+            control.strike(control.due_in_masks)
+        return masks_soundly(constraints, plan, *more)
+
+    def forget(constraints: Constraints, request_ids: Iterable[str]) -> None:
+        ids = list(request_ids)
+        fault = control.armed_in_grammar("abort")
+        if fault is not None and any(request_id in constraints._sequences for request_id in ids):
+            control.strike(fault)
+        forget_soundly(constraints, ids)
+
     Preparer._run = prepare  # type: ignore[assignment,method-assign]
+    Constraints.masks, Constraints.forget = masks, forget  # type: ignore[assignment,method-assign]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from loadtest.faults.ledger import Ledger, Outcome
 from loadtest.faults.portable import API_KILL, API_STEP_SECONDS, completions, run_api_kills
 from loadtest.faults.server import FaultServer, scripted_flags, scripted_settings, serving, until
 from loadtest.faults.streams import Body, Said, Stream, make_oracle, run_stream, scripted_bodies
-from loadtest.faulty_engine import Fault, Kind
+from loadtest.faulty_engine import GRAMMAR_CRASH, Fault, Kind
 
 TARGET = 777
 PHASES = ("start", "idle", "prefill", "chunked_prefill", "decode", "last_token", "abort", "drain")
@@ -26,7 +26,6 @@ SUPERVISION = Supervision(
 """Impatient, so that hangs cost the suite less time."""
 PATIENCE_SECONDS = 25.0
 NOT_APPLICABLE = {
-    "grammar crash": "not injected yet; tests/process/test_grammar.py ends one row by it",
     "tokenizer exception": "tokenizing happens before admission, in the API process; tests/contract holds it",
     "full disk": "neither process writes to a disk while it serves",
 }
@@ -57,14 +56,17 @@ class Matrix:
         self._server = server
         self._ledger = ledger
         self._others: list[tuple[str, Body, Said]] = []
-        self._expected = Said(())
+        self._expected: dict[bool, Said] = {}
+        """Of the request in question, with a grammar and without."""
         self._num_trials = 0
 
     async def prepare(self) -> None:
         """Uninterrupted runs of everything."""
         bodies = [each for each in scripted_bodies(9, max_tokens=60) if each[0] in ("greedy", "n=2", "logprobs")]
         self._others = await make_oracle(self._server.port, bodies)
-        [(_, _, self._expected)] = await make_oracle(self._server.port, [("victim", _victim("decode"))])
+        for has_grammar in (False, True):
+            body = _victim("decode", has_grammar=has_grammar)
+            [(_, _, self._expected[has_grammar])] = await make_oracle(self._server.port, [("victim", body)])
 
     async def trial(self, kind: str, phase: str) -> Outcome:
         """One trial; appended to the ledger."""
@@ -83,11 +85,13 @@ class Matrix:
         server = self._server
         others = [Stream(body, name) for name, body, _ in self._others]
         self._num_trials += 1
-        victim = Stream(_victim(phase, self._num_trials), "victim")
+        victim = Stream(_victim(phase, self._num_trials, has_grammar=kind == GRAMMAR_CRASH), "victim")
         if phase == "idle":
-            await self._while_idle(kind)
+            await self._while_idle(kind, victim.body)
         tasks = [asyncio.create_task(run_stream(server.port, stream)) for stream in others]
         await until(lambda: all(stream.last_at or stream.is_done for stream in others))
+        if phase == "start" and kind == GRAMMAR_CRASH:
+            return await self._crash_at_start(tasks, others, victim)
         if phase == "start":
             server.arm(_fault(kind, phase))
             server.kill_engine()
@@ -100,6 +104,18 @@ class Matrix:
             await self._run_victim(victim, kind=kind, phase=phase)
             await asyncio.gather(*tasks)
         return await self._judge(others, victim, phase=phase)
+
+    async def _crash_at_start(
+        self, tasks: list[asyncio.Task[Stream]], others: list[Stream], victim: Stream
+    ) -> tuple[Outcome, str]:
+        """A new engine prepares the grammars of what it is handed: there it crashes."""
+        server = self._server
+        tasks.append(asyncio.create_task(run_stream(server.port, victim)))
+        await until(lambda: bool(victim.last_at) or victim.is_done)
+        server.arm(_fault(GRAMMAR_CRASH, "start"))
+        server.kill_engine()
+        await asyncio.gather(*tasks)
+        return await self._judge(others, victim, phase="start")
 
     async def _run_victim(self, victim: Stream, *, kind: str, phase: str) -> None:
         server = self._server
@@ -116,7 +132,7 @@ class Matrix:
             await server.client.drain(PATIENCE_SECONDS)
         await running
 
-    async def _while_idle(self, kind: str) -> None:
+    async def _while_idle(self, kind: str, victim: Body) -> None:
         """Strike between requests; what is measured is how the requests after it fare."""
         server = self._server
         if kind == "no_descriptors":
@@ -127,15 +143,15 @@ class Matrix:
             return
         generation = server.generation
         server.arm(_fault(kind, "idle"))
-        name, body, _ = self._others[0]
-        await run_stream(server.port, Stream(body, name))
+        body = victim if kind == GRAMMAR_CRASH else self._others[0][1]
+        await run_stream(server.port, Stream(body, "idle"))
         await until(lambda: not server.is_armed)
         if kind not in ("hang", "frame_lost", "frame_doubled", "frame_corrupt"):
             await until(lambda: server.generation > generation and server.is_ready)
 
     async def _judge(self, others: list[Stream], victim: Stream, *, phase: str) -> tuple[Outcome, str]:
         server = self._server
-        expected = self._expected
+        expected = self._expected["structured_outputs" in victim.body]
         if phase == "chunked_prefill":  # a prompt of its own, so that no cache had it; undisturbed now
             expected = (await run_stream(server.port, Stream(victim.body, "victim"))).said()
         for stream, (name, _, said) in zip(others, self._others, strict=True):
@@ -183,10 +199,11 @@ def _fault(kind: str, phase: str) -> Fault:
     return msgspec.convert({"kind": kind, "phase": phase, "target": target}, Fault)
 
 
-def _victim(phase: str, number: int = 0) -> Body:
+def _victim(phase: str, number: int = 0, *, has_grammar: bool = False) -> Body:
     is_long = phase == "chunked_prefill"
     prompt = [3000 + position + is_long * number for position in range(900 if is_long else 20)] + [TARGET]
-    return {"prompt": prompt, "max_tokens": 24, "stream": True, "ignore_eos": True, "temperature": 0.5, "seed": 4}
+    body: Body = {"prompt": prompt, "max_tokens": 24, "stream": True, "ignore_eos": True, "temperature": 0.5, "seed": 4}
+    return body | ({"structured_outputs": {"regex": "[a-z ]{400}"}} if has_grammar else {})
 
 
 async def _leave_early(port: int, victim: Stream) -> None:

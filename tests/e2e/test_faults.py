@@ -24,7 +24,7 @@ from tests.store_models import default_model_folder
 SHORT = {
     "start": "frame_lost",
     "idle": "sigkill",
-    "prefill": "sigsegv",
+    "prefill": "grammar_crash",
     "chunked_prefill": "exception",
     "decode": "row_error",
     "last_token": "frame_doubled",
