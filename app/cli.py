@@ -137,10 +137,12 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _reload(options: argparse.Namespace) -> int:
-    from app.control import ControlError, ask_reload
+    from app.control import ControlError, ask_reload, find_server
 
     try:
-        return EXIT_OK if ask_reload(options.pid, report=answer) else EXIT_FAILED
+        pid = find_server() if options.pid is None else options.pid
+        remark(f"headwater: asking the server of process {pid}")
+        return EXIT_OK if ask_reload(pid, report=answer) else EXIT_FAILED
     except ControlError as error:
         remark(f"headwater: {error}")
         return EXIT_FAILED

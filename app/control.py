@@ -81,9 +81,20 @@ class ControlSocket:
             writer.close()
 
 
-def ask_reload(pid: int | None, *, report: Callable[[str], None]) -> bool:
-    """Have the server of this process, or the only one here, reload; whether it did. Raises ControlError."""
-    with _connect(_find() if pid is None else pid) as sock:
+def find_server(listed: Path = Path("/proc/net/unix")) -> int:
+    """The process of the only server here, by the kernel's list of sockets. Raises ControlError."""
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    pids = sorted({int(found[1]) for line in lines if (found := _LISTED.search(line))})
+    if not pids:
+        raise ControlError("no Headwater server runs here; start one with `headwater serve`")
+    if len(pids) > 1:
+        raise ControlError(f"several servers run here: name one of {', '.join(map(str, pids))} with --pid")
+    return pids[0]
+
+
+def ask_reload(pid: int, *, report: Callable[[str], None]) -> bool:
+    """Have the server of this process reload; whether it did. Raises ControlError."""
+    with _connect(pid) as sock:
         sock.sendall(RELOAD)
         last = ""
         with sock.makefile(encoding="utf-8", errors="replace") as lines:
@@ -108,17 +119,6 @@ def _connect(pid: int) -> socket.socket:
         sock.close()
         raise ControlError(f"what calls itself the server of process {pid} is process {peer.pid}: nothing was asked")
     return sock
-
-
-def _find() -> int:
-    listed = Path("/proc/net/unix")
-    lines = listed.read_text().splitlines() if listed.exists() else []
-    pids = sorted({int(found[1]) for line in lines if (found := _LISTED.search(line))})
-    if not pids:
-        raise ControlError("no Headwater server runs here; start one with `headwater serve`")
-    if len(pids) > 1:
-        raise ControlError(f"several servers run here: name one of {', '.join(map(str, pids))} with --pid")
-    return pids[0]
 
 
 def _address(pid: int) -> str:

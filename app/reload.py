@@ -76,6 +76,10 @@ class Reloader:
         except (ConfigurationError, EngineUnavailable) as error:
             report(f"not reloaded: {' '.join(str(error).split())}")
             return False
+        except Exception as error:  # a defect, of which whoever asked must hear as well
+            logger.exception("the reload failed")
+            report(f"not reloaded: {type(error).__name__}: {' '.join(str(error).split())}")
+            return False
         finally:
             self._reloading = None
 
@@ -171,7 +175,7 @@ class Reloader:
             await old.client.stop()
             try:
                 serving = await self._load(model, client, context)
-            except (ConfigurationError, EngineUnavailable) as error:
+            except Exception as error:
                 await client.stop()
                 await self._restore(old)
                 raise EngineUnavailable(f"{error}; the model before was loaded again") from error

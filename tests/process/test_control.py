@@ -7,10 +7,11 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
-from app.control import ControlError, ControlSocket, ask_reload
+from app.control import ControlError, ControlSocket, ask_reload, find_server
 
 
 @asynccontextmanager
@@ -29,7 +30,7 @@ async def server(*, is_done: bool) -> AsyncIterator[None]:
         control.close()
 
 
-async def ask(pid: int | None) -> tuple[bool, list[str]]:
+async def ask(pid: int) -> tuple[bool, list[str]]:
     lines: list[str] = []
     return await asyncio.to_thread(ask_reload, pid, report=lines.append), lines
 
@@ -66,3 +67,22 @@ def test_nobody_is_believed_who_took_the_name_of_another_process() -> None:
                 ask_reload(other.pid, report=lambda _: None)
     finally:
         other.communicate(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ((), "no Headwater server"),
+        (("@other-7", "/run/headwater-8"), "no Headwater server"),
+        (("@headwater-11", "@headwater-11", "@other"), "11"),  # a connection has the name too
+        (("@headwater-11", "@headwater-9"), "name one of 9, 11"),
+    ],
+)
+def test_the_only_server_is_found(tmp_path: Path, names: tuple[str, ...], expected: str) -> None:
+    listed = tmp_path / "unix"
+    listed.write_text("Num RefCount\n" + "".join(f"0: 2 0 10000 1 1 42 {name}\n" for name in names))
+    if expected.isdigit():
+        assert find_server(listed) == int(expected)
+        return
+    with pytest.raises(ControlError, match=expected):
+        find_server(listed)
