@@ -60,10 +60,11 @@ def machine(device: str) -> Machine:
 
 
 def run_tests() -> Tests:
-    """tests/gpu, in a process of their own."""
+    """tests/gpu and the Triton kernels, in a process of their own."""
     with NamedTemporaryFile(suffix=".xml") as file:
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--timeout=600", f"--junit-xml={file.name}"]
-        subprocess.run([*command, "tests/gpu"], cwd=ROOT, check=False, stdout=sys.stderr)
+        command = [sys.executable, "-m", "pytest", "-q", "--timeout=600", f"--junit-xml={file.name}"]
+        command += ["tests/gpu", "tests/numerics/test_triton_kernels.py"]
+        subprocess.run(command, cwd=ROOT, check=False, stdout=sys.stderr)
         suite = ElementTree.parse(file.name).getroot()[0]
     total, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
     failed = int(suite.attrib["failures"]) + int(suite.attrib["errors"])

@@ -17,7 +17,7 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Tests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of tests/gpu."""
+    """Of tests/gpu and of the Triton kernels."""
 
     passed: int
     failed: int

@@ -18,6 +18,7 @@ from app.core.types import SamplingParams
 from app.runner.sampling.draw import draw_gumbel
 from app.runner.torch.any_tier import load
 from app.runner.torch.attention.context import attention_context
+from app.runner.torch.attention.split import attend_rows
 from app.runner.torch.check import probe_model
 from app.runner.torch.executor import Executor
 from app.runner.torch.kv_cache import KVCache
@@ -61,8 +62,8 @@ class Recorder:
             "ids": batch.input_ids,
             "positions": batch.position_ids,
             "slots": batch.slots,
-            "lengths": batch.seq_lens,
-            "tables": batch.splits.block_tables,
+            "lengths": batch.rows.seq_lens,
+            "tables": batch.rows.block_tables,
         }
         self.sizes |= {tensor.numel() for name, tensor in tensors.items() if name != "tables"}
         for name, tensor in tensors.items():
@@ -121,7 +122,9 @@ def test_a_decode_step_traced_once_serves_later_ones(reference: Reference) -> No
 
     def forward(batch: RowBatch) -> Any:
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-        return loaded.model(**inputs, paged=attention_context(batch, cache, loaded.dtype)).logits[0]
+        return loaded.model(
+            **inputs, paged=attention_context(batch, cache, loaded.dtype, attend_rows=attend_rows)
+        ).logits[0]
 
     with torch.inference_mode():
         (batch,) = packer.batches(step(0))

@@ -10,6 +10,7 @@ from app.core.errors import ConfigurationError
 from app.runner.base import RunnerInfo, TierUnavailable
 from app.runner.memory import KVPlan, available_memory, plan_kv
 from app.runner.sampling import SAMPLER_EPOCH
+from app.runner.torch.attention.split import RowAttention, attend_rows
 from app.runner.torch.check import Probed, check_against_transformers, check_rows, measure_token_budget, probe_model
 from app.runner.torch.digest import weights_digest
 from app.runner.torch.executor import Executor
@@ -92,7 +93,14 @@ def _available_bytes(device: torch.device) -> int:
     return available_memory()
 
 
-def make_executor(config: EngineConfig, loaded: LoadedModel, probed: Probed, kv_plan: KVPlan) -> Executor:
+def make_executor(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    probed: Probed,
+    kv_plan: KVPlan,
+    *,
+    attend_rows: RowAttention = attend_rows,
+) -> Executor:
     """The model behind its packer: shapes that follow the plan, or one shape for all where rows are to be equal."""
     kv_cache = KVCache(
         probed.layers,
@@ -109,7 +117,14 @@ def make_executor(config: EngineConfig, loaded: LoadedModel, probed: Probed, kv_
         packer = rows if config.deterministic else DecodePacker(rows, packer)
     if config.deterministic:
         head = _fixed_head(loaded, probed.head)
-    return Executor(loaded.model, head=head, kv_cache=kv_cache, packer=packer, vocab_size=probed.vocab_size)
+    return Executor(
+        loaded.model,
+        head=head,
+        kv_cache=kv_cache,
+        packer=packer,
+        vocab_size=probed.vocab_size,
+        attend_rows=attend_rows,
+    )
 
 
 def _sizes(config: EngineConfig, device: torch.device) -> tuple[int, ...]:

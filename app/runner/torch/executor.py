@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from app.core.plan import StepPlan
 from app.runner.torch.attention.context import attention_context
+from app.runner.torch.attention.split import RowAttention, attend_rows
 from app.runner.torch.head import Head
 from app.runner.torch.kv_cache import KVCache
 from app.runner.torch.packing import Packer, StepBatch, logits_spans
@@ -40,11 +41,13 @@ class Executor:
         kv_cache: KVCache,
         packer: Packer,
         vocab_size: int,
+        attend_rows: RowAttention = attend_rows,
     ) -> None:
         self._model = model
         self._head = head
         self._kv_cache = kv_cache
         self._packer = packer
+        self._attend_rows = attend_rows
         self.vocab_size = vocab_size
         self.block_size = kv_cache.block_size
         self.num_blocks = kv_cache.num_blocks
@@ -64,7 +67,7 @@ class Executor:
             "input_ids": batch.input_ids,
             "position_ids": batch.position_ids,
             "use_cache": False,
-            "paged": attention_context(batch, self._kv_cache, self.dtype),
+            "paged": attention_context(batch, self._kv_cache, self.dtype, attend_rows=self._attend_rows),
         }
         if self._head is None:
             logits: torch.Tensor = self._model(**inputs, logits_to_keep=batch.logits_indices).logits[0]

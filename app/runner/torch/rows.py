@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from app.core.plan import PlanEntry, StepPlan
-from app.runner.torch.attention.split import Splits, blocks_per_split
+from app.runner.torch.attention.split import Rows, blocks_per_split
 from app.runner.torch.kv_cache import KVCache
 from app.runner.torch.packing import Packer, StepBatch, new_blocks, num_blocks, num_logits, token_rows
 from app.runner.torch.sizes import passes
@@ -29,9 +29,7 @@ from app.runner.torch.sizes import passes
 class RowBatch(StepBatch):
     """One pass of `size` rows."""
 
-    seq_lens: torch.Tensor
-    """(size,) tokens in each row's context, its own included."""
-    splits: Splits
+    rows: Rows
 
 
 class RowPacker:
@@ -65,8 +63,7 @@ class RowPacker:
                 slots=slots,
                 logits_indices=self._upload(np.flatnonzero(wanted[part])),
                 new_blocks=fresh,
-                seq_lens=seq_lens,
-                splits=self._fill_tables(owned, size, longest=int(rows[1, part].max()) + 1),
+                rows=Rows(self._fill_tables(owned, size, longest=int(rows[1, part].max()) + 1), seq_lens, self._split),
             )
             fresh = fresh[:0]
 
@@ -79,7 +76,7 @@ class RowPacker:
         padded[3] = padded[1] + 1
         return self._rows[:, :size].copy_(torch.from_numpy(padded))
 
-    def _fill_tables(self, owners: Sequence[PlanEntry], size: int, *, longest: int) -> Splits:
+    def _fill_tables(self, owners: Sequence[PlanEntry], size: int, *, longest: int) -> torch.Tensor:
         """The tables of each row's entry, as far as the longest context reads."""
         num_splits = -(-longest // (self._split * self._block_size))
         tables = np.full((size, num_splits * self._split), self._zero_block, dtype=np.int64)
@@ -87,7 +84,7 @@ class RowPacker:
             used = min(tables.shape[1], num_blocks(entry, self._block_size))
             tables[row, :used] = entry.block_table[:used]
         used_tables = self._tables[:size, : tables.shape[1]]
-        return Splits(used_tables.copy_(torch.from_numpy(tables)), self._split)
+        return used_tables.copy_(torch.from_numpy(tables))
 
     def _upload(self, array: NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)

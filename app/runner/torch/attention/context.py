@@ -10,13 +10,10 @@ from typing import Protocol
 import torch
 
 from app.runner.torch.attention.attend import AttentionStyle, attend_many, attend_one
-from app.runner.torch.attention.split import attend_rows, hidden_positions
+from app.runner.torch.attention.split import Pool, RowAttention
 from app.runner.torch.kv_cache import KVCache
 from app.runner.torch.packing import ChunkBatch, DecodeGroup, PrefillChunk, StepBatch
 from app.runner.torch.rows import RowBatch
-
-Pool = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of one layer, as `KVCache.layer` gives them."""
 
 
 class AttentionContext(Protocol):
@@ -33,10 +30,12 @@ class AttentionContext(Protocol):
         ...
 
 
-def attention_context(batch: StepBatch, kv_cache: KVCache, dtype: torch.dtype) -> AttentionContext:
+def attention_context(
+    batch: StepBatch, kv_cache: KVCache, dtype: torch.dtype, *, attend_rows: RowAttention
+) -> AttentionContext:
     """The attention that a batch was packed for."""
     if isinstance(batch, RowBatch):
-        return RowContext(batch, kv_cache)
+        return RowContext(batch, kv_cache, attend_rows)
     assert isinstance(batch, ChunkBatch)
     return ChunkContext(batch, kv_cache, dtype)
 
@@ -47,15 +46,11 @@ class RowContext:
 
     batch: RowBatch
     kv_cache: KVCache
-    _hidden: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    attend_rows: RowAttention
 
     def attend(self, query: torch.Tensor, pool: Pool, window: int | None, style: AttentionStyle) -> torch.Tensor:
         """See `AttentionContext.attend`."""
-        splits = self.batch.splits
-        if window not in self._hidden:
-            num_positions = splits.block_tables.shape[1] * self.kv_cache.block_size
-            self._hidden[window] = hidden_positions(self.batch.seq_lens, window, num_positions)
-        return attend_rows(query[0].transpose(0, 1), pool, splits, self._hidden[window], style)
+        return self.attend_rows(query[0].transpose(0, 1), pool, self.batch.rows, window, style)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,14 @@ same shape where the number of rows is fixed.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from app.runner.torch.attention.attend import AttentionStyle
 
+Pool = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer, as `KVCache.layer` gives them."""
 SPLIT_TOKENS = 128
 _LOWEST = -1e30
 """Below every score and finite: a row that has seen nothing yet is multiplied by 0, not by NaN."""
@@ -23,12 +26,22 @@ def blocks_per_split(block_size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Splits:
-    """Which blocks each row reads."""
+class Rows:
+    """What each row reads."""
 
     block_tables: torch.Tensor
     """(num_rows, num_splits x blocks_per_split) block ids."""
+    seq_lens: torch.Tensor
+    """(num_rows,) tokens in its context, its own included."""
     blocks_per_split: int
+
+
+class RowAttention(Protocol):
+    """`attend_rows`, or a kernel that does the same."""
+
+    def __call__(
+        self, query: torch.Tensor, pool: Pool, rows: Rows, window: int | None, style: AttentionStyle
+    ) -> torch.Tensor: ...
 
 
 def hidden_positions(seq_lens: torch.Tensor, window: int | None, num_positions: int) -> torch.Tensor:
@@ -39,14 +52,8 @@ def hidden_positions(seq_lens: torch.Tensor, window: int | None, num_positions: 
     return hidden if window is None else hidden | (positions < lens - window)
 
 
-def attend_rows(
-    query: torch.Tensor,
-    pool: tuple[torch.Tensor, torch.Tensor],
-    splits: Splits,
-    hidden: torch.Tensor,
-    style: AttentionStyle,
-) -> torch.Tensor:
-    """query (num_rows, num_heads, key_dim) -> (num_rows, num_heads, value_dim); `hidden` is of `hidden_positions`.
+def attend_rows(query: torch.Tensor, pool: Pool, rows: Rows, window: int | None, style: AttentionStyle) -> torch.Tensor:
+    """query (num_rows, num_heads, key_dim) -> (num_rows, num_heads, value_dim).
 
     Products in the model's dtype, softmax and sums in float32.
     """
@@ -55,9 +62,11 @@ def attend_rows(
     grouped = query.reshape(num_rows, kv_heads, num_heads // kv_heads, key_dim)
     best, total = _start(grouped, style)
     out = torch.zeros((*grouped.shape[:3], value_dim), dtype=torch.float32, device=query.device)
-    width = splits.blocks_per_split * block_size
+    hidden = hidden_positions(rows.seq_lens, window, rows.block_tables.shape[1] * block_size)
     for block_ids, outside in zip(
-        splits.block_tables.split(splits.blocks_per_split, dim=1), hidden.split(width, dim=1), strict=True
+        rows.block_tables.split(rows.blocks_per_split, dim=1),
+        hidden.split(rows.blocks_per_split * block_size, dim=1),
+        strict=True,
     ):
         keys, values = (_gather(tensor, block_ids) for tensor in pool)
         scores = _scores(grouped, keys, style).masked_fill(outside[:, None, None], float("-inf"))
