@@ -137,6 +137,7 @@ def make_admission(settings: Settings, metrics: Metrics) -> Admission:
         max_live_sequences=settings.max_live_sequences,
         max_waiting_tokens=settings.max_waiting_tokens,
         max_live_per_key=settings.max_live_per_key,
+        max_expected_wait=None if settings.queue_timeout is None else settings.queue_timeout / 2,
     )
     return Admission(limits, metrics=metrics)
 

@@ -140,7 +140,10 @@ class Settings(BaseSettings):
         None, gt=0, description="seconds that a request may take; then 504. A client may set less: X-Request-Deadline"
     )
     queue_timeout: float | None = Field(
-        None, gt=0, description="seconds that a request may wait for its first output; then 503"
+        None,
+        gt=0,
+        description="seconds that a request may wait for its first output; then 503. Where one would wait half as long "
+        "by what was done lately, 429 at once",
     )
     metrics_prefix: str = Field("headwater_", description="prefix of metric names; vllm: fits existing dashboards")
     drain_timeout: float = Field(30.0, ge=0, description="seconds that live requests get to finish on SIGTERM")

@@ -2,7 +2,8 @@
 
 Two doors. `enter` opens before the body is read, from the headers alone: it bounds what is being parsed
 and sends clients away at once while the server is full. `admit` opens when the tokens are counted, before
-the engine hears of them. Both refuse with 429 and a Retry-After from the measured drain rate.
+the engine hears of them. Both refuse with 429 and a Retry-After from the measured drain rate. `check_wait` is for
+both, where the operator bounds the wait for a first output.
 
 Where there are keys, each has a bound of its own, and none may fill the house: a key holds at most four times what
 is left free (the dynamic thresholds of Choudhury and Hahne, 1998, for shared buffers), so that one key alone gets
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from app.api.share import Share
+from app.api.waiting import Waiting
 from app.core.errors import InvalidRequest, TooManyRequests
 from app.observability.metrics import Metrics
 
@@ -46,6 +48,8 @@ class AdmissionLimits:
     """Bodies being read, parsed and tokenized, together."""
     max_live_per_key: int | None = None
     """Sequences that one key has in flight, where the key itself has no number."""
+    max_expected_wait: float | None = None
+    """Seconds that a request may be expected to wait for its first output. None: nobody is refused for it."""
     max_request_ids: int = 4_000_000
     """Token ids that the sequences of one request carry: each has its prompt and its parameters for itself."""
 
@@ -78,25 +82,29 @@ class DrainRate:
 class Place:
     """One admitted sequence's share of the counts."""
 
-    __slots__ = ("_admission", "_is_live", "_num_waiting_tokens", "_tenant")
+    __slots__ = ("_admission", "_is_live", "_is_waiting", "_num_waiting_tokens", "_tenant")
 
     def __init__(self, admission: "Admission", num_prompt_tokens: int, *, tenant: str) -> None:
         self._admission = admission
         self._tenant = tenant
         self._num_waiting_tokens = num_prompt_tokens
-        self._is_live = True
+        self._is_live = self._is_waiting = True
 
     def stop_waiting(self) -> None:
         """The sequence gave its first output."""
-        self._admission.drain_tokens(self._num_waiting_tokens, tenant=self._tenant)
-        self._num_waiting_tokens = 0
+        self._stop_waiting(has_output=True)
 
     def leave(self) -> None:
         """The sequence is over. Later calls do nothing."""
         if self._is_live:
             self._is_live = False
-            self.stop_waiting()
+            self._stop_waiting(has_output=False)
             self._admission.drain_sequence(tenant=self._tenant)
+
+    def _stop_waiting(self, *, has_output: bool) -> None:
+        if self._is_waiting:
+            self._is_waiting = False
+            self._admission.drain_tokens(self._num_waiting_tokens, tenant=self._tenant, has_output=has_output)
 
 
 class BodyRoom:
@@ -124,11 +132,23 @@ class Admission:
         self._metrics = metrics
         self._sequence_rate = DrainRate(clock)
         self._token_rate = DrainRate(clock)
+        self._waiting = Waiting(clock)
         self.num_live_sequences = 0
         self.num_waiting_tokens = 0
         self.num_parsing_bytes = 0
         self._live_of: Counter[str] = Counter()
         self._waiting_of: Counter[str] = Counter()
+
+    def check_wait(self, share: Share = _NOBODYS) -> None:
+        """Refuse now what would be given up later: a request that waits in vain makes others wait. TooManyRequests."""
+        most = self._limits.max_expected_wait
+        if most is not None and (wait := self._waiting.seconds_for(share.tenant)) > most:
+            self._count_rejection("expected_wait", share)
+            raise TooManyRequests(
+                f"A request would wait about {wait:.1f} s for its first output; at most {most:g} s is taken on. "
+                "Try again later.",
+                retry_after=max(_MIN_RETRY_AFTER, min(_MAX_RETRY_AFTER, math.ceil(wait - most))),
+            )
 
     @contextmanager
     def enter(self, share: Share = _NOBODYS) -> Iterator["BodyRoom"]:
@@ -182,6 +202,7 @@ class Admission:
         if self.num_live_sequences + num_sequences > limits.max_live_sequences:
             self._refuse_sequences(num_sequences, share)
         self._check_key(share, num_sequences)
+        self.check_wait(share)
         max_waiting = limits.max_waiting_tokens
         if max_waiting is None:
             max_waiting = _CONTEXTS_WAITING * max_model_len
@@ -195,14 +216,16 @@ class Admission:
             )
         self.num_live_sequences += num_sequences
         self.num_waiting_tokens += num_new
+        self._waiting.begin(num_sequences, tenant=share.tenant)
         if share.tenant:
             self._live_of[share.tenant] += num_sequences
             self._waiting_of[share.tenant] += num_new
             self._metrics.set_key_live(share.tenant, self._live_of[share.tenant])
         return [Place(self, count, tenant=share.tenant) for count in num_prompt_tokens]
 
-    def drain_tokens(self, num_tokens: int, *, tenant: str) -> None:
-        """These prompt tokens wait no longer."""
+    def drain_tokens(self, num_tokens: int, *, tenant: str, has_output: bool) -> None:
+        """A sequence with so many prompt tokens waits no longer: it has an output, or is gone without."""
+        self._waiting.end(tenant=tenant, has_output=has_output)
         if num_tokens:
             self.num_waiting_tokens -= num_tokens
             _take_off(self._waiting_of, tenant, num_tokens)

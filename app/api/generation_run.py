@@ -63,6 +63,7 @@ class GenerationRun(Response):
         deadline = self._deadline(scope, record)
         with ExitStack() as parsing:
             check_headers(scope, context.limits)
+            context.admission.check_wait(record.share)
             room = parsing.enter_context(context.admission.enter(record.share))
             try:
                 body = await read_body(receive, context.limits, room=room)

@@ -45,7 +45,7 @@ async def run_overload(
     Each takes `share_seconds` at least.
     """
     share = max(share_seconds, seconds / (len(FACTORS) + 2))
-    limits = ("--max-num-seqs", str(ROWS), "--max-live-sequences", str(3 * ROWS))
+    limits = ("--max-num-seqs", str(ROWS), "--max-live-sequences", str(3 * ROWS), "--queue-timeout", str(TARGET_TTFT))
     async with served(*flags, *limits) as server:
 
         def make(index: int) -> dict[str, object]:

@@ -85,6 +85,9 @@ _SIMPLE = (
         "More than it can do",
         "Requests a second that are answered whole with a first token within 2 s, at 2, 5 and 10 times of what the "
         "server answers when it is never idle (16 rows, 48 sequences in flight; Poisson arrivals, nobody tries again). "
+        "The last trial of each cell is with `--queue-timeout 2`, which refuses who would wait too long; those before "
+        "it are without: as many sequences were taken on as may be in flight, which on the model is a wait of more "
+        "than 2 s, so that what was answered was answered late ([0024](decisions/0025-a-wait-is-foreseen.md)). "
         "Aims: 95 % of the peak, and a refusal within 50 ms at p99, as the client sees it. The client runs on the same "
         "cores; its own CPU time is told as a share of one core, and not subtracted. `load` is the machine's load "
         "average when the trial ended: above its number of cores, others had a part in the figures. Not in the file: a "

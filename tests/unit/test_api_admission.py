@@ -194,3 +194,59 @@ def test_counts_follow_what_is_in_flight_whatever_happens(data: st.DataObject) -
         for one in (ALICE, BOB):
             assert admission._live_of[one.tenant] == sum(share is one for share, _, _ in live)
             assert admission._waiting_of[one.tenant] == sum(count for share, count, _ in live if share is one)
+
+
+def serve_slowly(admission: Admission, clock: Clock, *, tenant: str = "") -> list[Place]:
+    """One first output a second, of a queue that stays at four; the four."""
+    share = Share(tenant)
+    waiting = admission.admit([1] * 4, max_model_len=100, share=share)
+    for _ in range(6):
+        clock.now += 1.0
+        done = waiting.pop(0)
+        done.stop_waiting()
+        done.leave()
+        waiting += admission.admit([1], max_model_len=100, share=share)
+    return waiting
+
+
+def test_who_would_wait_too_long_is_refused_before_the_body_is_read() -> None:
+    clock = Clock()
+    admission = make(clock, max_expected_wait=5)
+    waiting = serve_slowly(admission, clock)
+    admission.check_wait()
+    waiting += admission.admit([1, 1], max_model_len=100)
+    with pytest.raises(TooManyRequests) as refused:
+        admission.check_wait()
+    assert refused.value.retry_after == 1
+    with pytest.raises(TooManyRequests):
+        admission.admit([1], max_model_len=100)
+    waiting.pop().leave()  # it waits no longer, if without an output
+    admission.check_wait()
+
+
+def test_nobody_is_refused_for_a_wait_where_nobody_waits_or_nothing_is_known() -> None:
+    clock = Clock()
+    admission = make(clock, max_expected_wait=1)
+    places = admission.admit([1] * 50, max_model_len=100)
+    admission.check_wait()  # no output yet: the first ones are computed
+    for place in places:
+        clock.now += 100.0
+        place.leave()
+    clock.now += 1000.0
+    admission.check_wait()
+    admission = make(clock, max_expected_wait=1)
+    (place,) = admission.admit([1], max_model_len=100)
+    clock.now += 0.1
+    place.stop_waiting()
+    clock.now += 1000.0  # in which it runs and nobody waits
+    admission.admit([1] * 5, max_model_len=100)
+    admission.check_wait()
+
+
+def test_a_key_does_not_wait_for_all_that_another_asks_for() -> None:
+    clock = Clock()
+    admission = make(clock, max_expected_wait=3)
+    serve_slowly(admission, clock, tenant="heavy")
+    with pytest.raises(TooManyRequests):
+        admission.check_wait(Share("heavy"))
+    admission.check_wait(Share("light"))
