@@ -7,6 +7,7 @@ with a sentence. Automatic values are `None` here and resolved where they are kn
 
 import os
 import re
+from ipaddress import ip_network
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator
@@ -39,7 +40,9 @@ GIB = 1024 * MIB
 class Settings(BaseSettings):
     """Settings of `headwater serve`. The description of a field is its help text."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", protected_namespaces=())
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
     model: str = Field("smollm2-135m-instruct-q4", description="catalogue name, folder, .gguf file or hub repository")
     offline: bool = Field(
@@ -51,7 +54,7 @@ class Settings(BaseSettings):
 
     forwarded_allow_ips: str = Field(
         "127.0.0.1",
-        description="addresses of proxies whose X-Forwarded headers are believed, divided by commas; * is all",
+        description="addresses or networks of proxies whose X-Forwarded headers are believed, comma between; * is all",
     )
     ssl_certfile: str | None = Field(None, description="certificate chain, PEM: serve https; with --ssl-keyfile")
     ssl_keyfile: str | None = Field(None, description="private key of --ssl-certfile, PEM, without a password")
@@ -187,6 +190,14 @@ class Settings(BaseSettings):
     def _is_path(cls, value: str) -> str:
         if value and not _ROOT_PATH.fullmatch(value):
             raise ValueError("takes a path such as /llm, with a / in front and none at the end")
+        return value
+
+    @field_validator("forwarded_allow_ips")
+    @classmethod
+    def _are_proxies(cls, value: str) -> str:
+        for proxy in value.split(","):
+            if proxy.strip() != "*":
+                ip_network(proxy.strip(), strict=False)
         return value
 
     @field_validator("allowed_origins")

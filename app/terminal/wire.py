@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
-from app.core.errors import HeadwaterError
+from app.core.errors import ConfigurationError, HeadwaterError
 from app.terminal.resume import Lost, Refused, ResumingStream
 
 CONNECT_SECONDS = 10.0
@@ -185,11 +185,11 @@ class Api:
 
 
 def base_url(url: str) -> str:
-    """The address without a trailing slash or /v1. Raises ApiError where it is not one of HTTP."""
+    """The address without a trailing slash or /v1. Raises ConfigurationError where it is not one of HTTP."""
     url = url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ApiError(f"--url takes an address such as http://127.0.0.1:8000, got {url!r}")
+        raise ConfigurationError(f"--url takes an address such as http://127.0.0.1:8000, got {url!r}")
     return url
 
 

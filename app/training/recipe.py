@@ -40,7 +40,7 @@ class ScheduleTable(Table, frozen=True, kw_only=True):
     """Learning rate by step: linear warm-up, then a cosine, or constant and linear decay at the end (`wsd`)."""
 
     kind: Literal["cosine", "wsd"]
-    learning_rate: Annotated[float, Meta(gt=0)]
+    learning_rate: Annotated[float, Meta(gt=0, le=10)]
     warmup_steps: Annotated[int, Meta(ge=0)] = 0
     decay_steps: Annotated[int, Meta(ge=0)] = 0
     """wsd only: the last steps."""
@@ -59,7 +59,7 @@ class TrainTable(Table, frozen=True, kw_only=True):
     schedule: ScheduleTable
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon`: for the matrices between embeddings and head; the rest is AdamW's."""
-    weight_decay: Annotated[float, Meta(ge=0)] = 0.1
+    weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.1
     """On matrices only."""
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: Annotated[float, Meta(gt=0)] = 1.0

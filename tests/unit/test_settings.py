@@ -46,6 +46,11 @@ def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         ("metrics_prefix", "9-"),
         ("tier", ""),
         ("num_threads", "100000"),
+        ("kv_cache_gib", "inf"),
+        ("drain_grace", "inf"),
+        ("target_itl", "nan"),
+        ("forwarded_allow_ips", "999.1.1.1"),
+        ("forwarded_allow_ips", "proxy.example"),
         ("root_path", "llm"),
         ("root_path", "/llm/"),
         ("root_path", "/a b"),
@@ -62,6 +67,7 @@ def test_a_wrong_value_is_named_with_its_flag(flag: str, value: str) -> None:
 
 def test_addresses_in_the_usual_forms_are_taken() -> None:
     origins = "http://localhost:3000,https://app.example,*,chrome-extension://abc,http://[::1]:80"
+    assert load_settings(forwarded_allow_ips="10.0.0.0/8, ::1,*").forwarded_allow_ips == "10.0.0.0/8, ::1,*"
     settings = load_settings(root_path="/llm/v2", allowed_origins=origins, otlp_traces_endpoint="https://[::1]:4318/v1")
     assert settings.root_path == "/llm/v2" and settings.allowed_origins == tuple(origins.split(","))
 

@@ -3,6 +3,7 @@
 import httpx
 import pytest
 
+from app.core.errors import ConfigurationError
 from app.terminal.show import printable
 from app.terminal.wire import Api, ApiError, Delta, Lines, Unreachable, base_url, read_line, response_error
 from tests.terminal_server import other_server
@@ -36,7 +37,7 @@ def test_addresses(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["", "h:1", "ftp://h", "http://"])
 def test_what_is_no_address(url: str) -> None:
-    with pytest.raises(ApiError, match="--url takes an address"):
+    with pytest.raises(ConfigurationError, match="--url takes an address"):
         base_url(url)
 
 

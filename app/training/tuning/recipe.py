@@ -40,12 +40,12 @@ class TrainTable(Table, frozen=True, kw_only=True):
 
     epochs: Count = 3
     examples_per_step: Count = 8
-    learning_rate: Annotated[float, Meta(gt=0)]
+    learning_rate: Annotated[float, Meta(gt=0, le=10)]
     """Of the last layer and what lies above it."""
     depth_decay: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """What the rate is multiplied by for each layer further down; the embeddings lie below the first."""
     warmup_share: Share = 0.1
-    weight_decay: Annotated[float, Meta(ge=0)] = 0.01
+    weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.01
     clip_norm: Annotated[float, Meta(gt=0)] = 1.0
     evaluate_every: Count | None = None
     """Steps; None: after each epoch."""
