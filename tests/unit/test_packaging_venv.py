@@ -43,11 +43,14 @@ def test_a_second_start_installs_nothing(tmp_path: Path) -> None:
         file.write_bytes((ROOT / name).read_bytes() if (ROOT / name).is_file() and name in sources else b"")
         os.utime(file, (1_000_000_000 + age, 1_000_000_000 + age))
 
+    # As from a shell: below `make test` it would take that one's flags, and say where it goes.
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+
     def commands() -> list[str]:
-        told = subprocess.run(
-            [make, "--dry-run", "serve", "VENV=.venv"], cwd=tmp_path, capture_output=True, text=True, check=True
-        )
-        return told.stdout.splitlines()
+        command = [make, "--dry-run", "serve", "VENV=.venv"]
+        return subprocess.run(
+            command, cwd=tmp_path, env=plain, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
 
     assert [line.split() for line in commands()] == [[".venv/bin/headwater", "serve"]]
     (tmp_path / "requirements" / "torch.txt").touch()
