@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import msgspec
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.core.errors import ConfigurationError
+from app.training.optimizer import Optimizer
 
 _NAME = re.compile(r"step-(\d{6,})")
 _STATE, _WEIGHTS, _MOMENTS, _RANDOM = "state.json", "weights.safetensors", "moments.safetensors", "random.safetensors"
@@ -110,6 +112,36 @@ def require_same_tables(
                     f"{path} was made with {table}.{name} = {old!r}, the recipe now says {new!r}; "
                     "put it back, or use a new run folder"
                 )
+
+
+def put_back(
+    checkpoint: Checkpoint[State], parameters: Mapping[str, Tensor], model: nn.Module, optimizer: Optimizer
+) -> None:
+    """Give weights, moments and random state the values that they had, so that the next step is the one that it was.
+
+    Args:
+        parameters: those that the checkpoint was made of, by name.
+    """
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(checkpoint.weights[name])
+    optimizer.restore(model, checkpoint.moments, step=checkpoint.state.step)
+    torch.set_rng_state(checkpoint.random_state)
+
+
+def make_run_folder(folder: Path, recipe: msgspec.Struct) -> None:
+    """Make it where it is not there, and lay the recipe down in it. Raises ConfigurationError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.json").write_bytes(msgspec.json.format(msgspec.json.encode(recipe)) + b"\n")
+    except OSError as error:
+        raise ConfigurationError(f"the run folder {folder} cannot be written: {error}") from error
+
+
+def last_good(folder: Path) -> str:
+    """Which checkpoint of the folder a run can go on from, as the end of a message."""
+    path = last_checkpoint(folder)
+    return "There is no checkpoint yet" if path is None else f"The last good checkpoint is {path}"
 
 
 def write_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:

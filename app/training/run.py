@@ -2,8 +2,7 @@
 
 import os
 import shutil
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -18,9 +17,12 @@ from app.training.checkpoint import (
     CheckpointState,
     last_checkpoint,
     load_checkpoint,
+    make_run_folder,
+    put_back,
     require_same_tables,
     save_checkpoint,
 )
+from app.training.checkpoint import last_good as last_good_of
 from app.training.devices import choose_dtype
 from app.training.errors import TrainingStopped
 from app.training.metrics import MetricsFile
@@ -28,6 +30,7 @@ from app.training.model import build_model
 from app.training.optimizer import Optimizer, make_optimizer
 from app.training.packing import PackedRows
 from app.training.recipe import Recipe
+from app.training.run_clock import RunClock
 from app.training.shards import Shards, open_shards
 from app.training.tokenizer import END, START, load_tokenizer, special_id
 from app.training.workers import Workers
@@ -45,7 +48,7 @@ class PretrainingState(CheckpointState, frozen=True, kw_only=True):
 
 
 @dataclass(kw_only=True)
-class Run:
+class Run(RunClock):
     """A run in progress; only `train_step` and the loop change it."""
 
     recipe: Recipe
@@ -60,12 +63,6 @@ class Run:
     rows: PackedRows
     heldout: PackedRows
     metrics: MetricsFile
-    step: int = 0
-    """Steps done."""
-    seconds: float = 0.0
-    """Of training before this process."""
-    is_stopping: bool = False
-    started: float = field(default_factory=time.monotonic)
 
     @property
     def folder(self) -> Path:
@@ -76,15 +73,6 @@ class Run:
     def device(self) -> torch.device:
         """Of this process."""
         return self.workers.device
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of training, over all processes of the run."""
-        return self.seconds + time.monotonic() - self.started
-
-    def stop(self) -> None:
-        """End after the step at hand."""
-        self.is_stopping = True
 
     def describe(self) -> str:
         """One line: what is trained on what."""
@@ -128,7 +116,7 @@ def open_run(recipe: Recipe, *, workers: Workers = ALONE) -> Run:
     rows, heldout = (PackedRows(split, context=context, seed=seed) for split in (shards.train, shards.heldout))
     step, seconds = _restore(model, optimizer, shards, recipe)
     if workers.is_first:
-        _make_folder(folder, recipe)
+        make_run_folder(folder, recipe)
     return Run(
         recipe=recipe,
         shards=shards,
@@ -176,16 +164,7 @@ def save(run: Run) -> Path:
 
 def last_good(run: Run) -> str:
     """Which checkpoint the run can go on from, as the end of a message."""
-    path = last_checkpoint(run.folder / "checkpoints")
-    return "There is no checkpoint yet" if path is None else f"The last good checkpoint is {path}"
-
-
-def _make_folder(folder: Path, recipe: Recipe) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.json").write_bytes(msgspec.json.format(msgspec.json.encode(recipe)) + b"\n")
-    except OSError as error:
-        raise ConfigurationError(f"the run folder {folder} cannot be written: {error}") from error
+    return last_good_of(run.folder / "checkpoints")
 
 
 def _restore(model: PreTrainedModel, optimizer: Optimizer, shards: Shards, recipe: Recipe) -> tuple[int, float]:
@@ -198,11 +177,7 @@ def _restore(model: PreTrainedModel, optimizer: Optimizer, shards: Shards, recip
     checkpoint = load_checkpoint(path, PretrainingState)
     state = checkpoint.state
     _require_same(path, state, shards, recipe)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(checkpoint.weights[name])
-    optimizer.restore(model, checkpoint.moments, step=state.step)
-    torch.set_rng_state(checkpoint.random_state)
+    put_back(checkpoint, dict(model.named_parameters()), model, optimizer)
     return state.step, state.seconds
 
 

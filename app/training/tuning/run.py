@@ -7,9 +7,8 @@ with the lowest validation loss. The file that a checkpoint tells of stays until
 import hashlib
 import math
 import shutil
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -22,7 +21,10 @@ from app.training.checkpoint import (
     Checkpoint,
     CheckpointState,
     last_checkpoint,
+    last_good,
     load_checkpoint,
+    make_run_folder,
+    put_back,
     require_same_tables,
     save_checkpoint,
     write_whole,
@@ -31,6 +33,7 @@ from app.training.devices import choose_dtype
 from app.training.errors import TrainingStopped
 from app.training.metrics import MetricsFile
 from app.training.optimizer import Optimizer
+from app.training.run_clock import RunClock
 from app.training.tuning.encoding import Encoded
 from app.training.tuning.methods import make_tuner, moving_weights
 from app.training.tuning.recipe import TuningRecipe
@@ -64,7 +67,7 @@ class TuningState(CheckpointState, frozen=True, kw_only=True):
 
 
 @dataclass(kw_only=True)
-class Tuning:
+class Tuning(RunClock):
     """A run in progress; only `tune_step` and the loop change it."""
 
     recipe: TuningRecipe
@@ -76,28 +79,17 @@ class Tuning:
     """Of the weights that it began with, and of the examples."""
     device: torch.device
     metrics: MetricsFile
-    step: int = 0
-    """Steps done."""
     before: Score | None = None
     """Before the first step."""
     best: float = math.inf
     best_step: int = 0
     num_worse: int = 0
     """Evaluations since the best."""
-    seconds: float = 0.0
-    """Of training before this process."""
-    is_stopping: bool = False
-    started: float = field(default_factory=time.monotonic)
 
     @property
     def folder(self) -> Path:
         """Of the run."""
         return Path(self.recipe.run.folder)
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of training, over all processes of the run."""
-        return self.seconds + time.monotonic() - self.started
 
     @property
     def steps_per_epoch(self) -> int:
@@ -119,10 +111,6 @@ class Tuning:
         """Whether it ends early: validation no longer improves."""
         return self.num_worse >= self.recipe.train.patience
 
-    def stop(self) -> None:
-        """End after the step at hand."""
-        self.is_stopping = True
-
 
 def open_tuning(
     recipe: TuningRecipe,
@@ -140,7 +128,7 @@ def open_tuning(
     """
     optimizer, folder = make_tuner(model, recipe.train), Path(recipe.run.folder)
     state = _restore(model, optimizer, recipe, inputs_sha256=inputs_sha256)
-    _make_folder(folder, recipe)
+    make_run_folder(folder, recipe)
     run = Tuning(
         recipe=recipe,
         model=model,
@@ -222,8 +210,7 @@ def best_file(run: Tuning) -> Path:
 
 def what_is_kept(run: Tuning) -> str:
     """What is left of the run, as the end of a message."""
-    path = last_checkpoint(run.folder / _CHECKPOINTS)
-    kept = f"The last good checkpoint is {path}" if path is not None else "There is no checkpoint yet"
+    kept = last_good(run.folder / _CHECKPOINTS)
     return f"{kept}, the best weights so far are in {best_file(run)}" if best_file(run).is_file() else kept
 
 
@@ -244,11 +231,7 @@ def _restore(model: nn.Module, optimizer: Optimizer, recipe: TuningRecipe, *, in
     best = folder / _BEST / _best_name(state.best_step)
     if not best.is_file():
         raise ConfigurationError(f"{path} needs {best}, which is gone; use a new run folder")
-    with torch.no_grad():
-        for name, parameter in moving_weights(model).items():
-            parameter.copy_(checkpoint.weights[name])
-    optimizer.restore(model, checkpoint.moments, step=state.step)
-    torch.set_rng_state(checkpoint.random_state)
+    put_back(checkpoint, moving_weights(model), model, optimizer)
     return state
 
 
@@ -259,11 +242,3 @@ def _require_same(path: Path, state: TuningState, recipe: TuningRecipe, *, input
         raise ConfigurationError(
             f"{path} was made from another model or from other examples than the recipe names now; use a new run folder"
         )
-
-
-def _make_folder(folder: Path, recipe: TuningRecipe) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.json").write_bytes(msgspec.json.format(msgspec.json.encode(recipe)) + b"\n")
-    except OSError as error:
-        raise ConfigurationError(f"the run folder {folder} cannot be written: {error}") from error
