@@ -147,7 +147,7 @@ class Reloader:
         is_same = read_special_tokens(model.folder.path) == before.tokenizer.special_tokens
         tokenizer = before.tokenizer if is_same else None
         context = await asyncio.to_thread(self._ground.make_context, model, client, before=before, tokenizer=tokenizer)
-        self._install(Serving(model, client, context, await asyncio.to_thread(self._ground.make_apps, context)))
+        self._install(await self._make_serving(model, client, context))
         if not await client.renew():
             raise EngineUnavailable(f"no engine can be kept alive: {client.status.detail}")
         report(f"reloaded: engine {client.status.generation} of the same model serves")
@@ -208,17 +208,20 @@ class Reloader:
         client = self._ground.make_client(old.model.config)
         context = replace(old.context, engine=client)
         await client.start()
-        self._install(Serving(old.model, client, context, await asyncio.to_thread(self._ground.make_apps, context)))
+        self._install(await self._make_serving(old.model, client, context))
         with suppress(ConfigurationError, EngineUnavailable):  # whoever waits for a failure hears of it
             await client.wait_ready(self._ground.settings.load_timeout)
 
     async def _load(self, model: Model, client: LocalEngineClient, context: ServerContext) -> Serving:
         await client.start()
         await client.wait_ready(self._ground.settings.load_timeout)
-        return Serving(model, client, context, await asyncio.to_thread(self._ground.make_apps, context))
+        return await self._make_serving(model, client, context)
 
     async def _make_context(self, model: Model, client: LocalEngineClient) -> ServerContext:
         return await asyncio.to_thread(self._ground.make_context, model, client, before=self.serving.context)
+
+    async def _make_serving(self, model: Model, client: LocalEngineClient, context: ServerContext) -> Serving:
+        return Serving(model, client, context, await asyncio.to_thread(self._ground.make_apps, context))
 
     def _install(self, serving: Serving) -> None:
         self.serving = serving
